@@ -1,0 +1,227 @@
+"""How weights lie on disk: finding them, reading them block by block, merging their shards.
+
+Meta's checkpoints are zip files written by torch.save. Their index alone is unpickled (weights_only,
+onto the meta device); the bytes of each tensor are then read from where the index says they lie, a
+block of rows at a time, straight into the tensor's final form.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from .errors import UserError
+from .generation import LLaMA
+from .model import ModelArgs, Transformer
+from .tokenizer import Tokenizer
+
+SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+    "tok_embeddings": 1,
+}
+UNUSED = {"rope.freqs"}  # in every shard, the same, and computed anew by the model
+SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
+BLOCK = 2**24  # bytes read at once: large enough for the disk, small beside any model
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies in a file."""
+
+    path: Path
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Rows start to end, read from the file."""
+        n_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        buffer = bytearray((end - start) * n_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * n_bytes)
+            view = memoryview(buffer)
+            while view:
+                n_read = file.readinto(view)
+                if not n_read:
+                    raise UserError(f"{self.path} ends too early: copy or download it again")
+                view = view[n_read:]
+        return torch.frombuffer(buffer, dtype=self.dtype).view(end - start, *self.shape[1:])
+
+
+@dataclass
+class Weight:
+    """One weight of the model, in one piece or in as many as there are shards."""
+
+    pieces: list[Stored]
+    dim: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        shape = list(self.pieces[0].shape)
+        shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
+        return torch.Size(shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The whole weight as blocks of rows, each with the number of its first row."""
+        if self.dim == 0:
+            first = 0
+            for piece in self.pieces:
+                for start, end in self._ranges(piece.shape[0]):
+                    yield first + start, piece.rows(start, end)
+                first += piece.shape[0]
+        else:
+            for start, end in self._ranges(self.shape[0]):
+                yield start, torch.cat([piece.rows(start, end) for piece in self.pieces], dim=1)
+
+    def _ranges(self, n_rows: int) -> Iterator[tuple[int, int]]:
+        step = max(1, BLOCK // (prod(self.shape[1:]) * self.dtype.itemsize))
+        for start in range(0, n_rows, step):
+            yield start, min(start + step, n_rows)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype)
+        for start, block in self.blocks():
+            out[start : start + len(block)] = block
+        return out
+
+
+def read_index(path: Path) -> dict[str, Stored]:
+    """Name, place, shape and type of each tensor of a .pth file, without its bytes."""
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip file")
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        index = {}
+        for name, tensor in tensors.items():
+            begin = tensor.untyped_storage()._checkpoint_offset
+            offset = begin + tensor.storage_offset() * tensor.itemsize
+            if not tensor.is_contiguous() or offset + tensor.nbytes > path.stat().st_size:
+                raise ValueError(f"{name} is not whole")
+            index[name] = Stored(path, offset, tensor.shape, tensor.dtype)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a readable checkpoint ({reason}): get it again") from error
+    return index
+
+
+def find_files(ckpt_dir: Path) -> list[Path]:
+    """merged.pth where there is one, otherwise all shards in their order."""
+    merged = ckpt_dir / "merged.pth"
+    return [merged] if merged.exists() else sorted(ckpt_dir.glob("consolidated.*.pth"))
+
+
+def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
+    """Every weight that the files, shards of one model, hold together."""
+    shards = [read_index(path) for path in paths]
+    weights = {}
+    for name in shards[0]:
+        pieces = [shard[name] for shard in shards]
+        dim = SPLIT_DIM.get(name.split(".")[-2])
+        weights[name] = Weight(pieces[:1], 0) if dim is None else Weight(pieces, dim)
+    return weights
+
+
+def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    path = ckpt_dir / "params.json"
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it belongs beside the weights") from None
+    known = {field.name for field in fields(ModelArgs)}
+    unknown = sorted(params.keys() - known)
+    if unknown:
+        raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
+    if params.get("vocab_size", -1) == -1:
+        params["vocab_size"] = n_words
+    return ModelArgs(**params | {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
+
+
+def load(
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path,
+    max_seq_len: int = 512,
+    max_batch_size: int = 32,
+    quantize: str | None = None,
+) -> LLaMA:
+    """The model in ckpt_dir, in the default dtype, with its tokenizer."""
+    ckpt_dir = Path(ckpt_dir)
+    tokenizer = Tokenizer(tokenizer_path)
+    args = read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+    weights = open_checkpoint(find_files(ckpt_dir))
+    with torch.device("meta"):
+        model = Transformer(args)
+
+    state = {}
+    total = sum(weights[name].n_bytes for name in model.state_dict())
+    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for name in model.state_dict():
+            state[name] = weights[name].read(torch.get_default_dtype())
+            bar.update(weights[name].n_bytes)
+    model.load_state_dict(state, assign=True)
+    return LLaMA(model.requires_grad_(False).eval(), tokenizer)
+
+
+def reserve(path: Path, weights: dict[str, Weight]) -> None:
+    """A checkpoint with the index of these weights, and holes where their bytes will be."""
+    with FakeTensorMode():
+        state = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in weights.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state, path)
+
+
+def merge(input_dir: Path, output_dir: Path, overwrite: bool = False) -> Path:
+    """Write the shards in input_dir as one output_dir/merged.pth, in little memory."""
+    target = output_dir / "merged.pth"
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists: move it away, or give --overwrite")
+    paths = sorted(input_dir.glob("consolidated.*.pth"))
+    weights = open_checkpoint(paths)
+    total = sum(weight.n_bytes for weight in weights.values())
+    free = shutil.disk_usage(output_dir).free
+    if free < total:
+        raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+
+    partial = target.with_name(f".merged.pth.{os.getpid()}")
+    try:
+        reserve(partial, weights)
+        with (
+            partial.open("r+b", buffering=0) as file,
+            tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            for name, place in read_index(partial).items():
+                file.seek(place.offset)
+                for _, block in weights[name].blocks():
+                    buffer = bytearray(block.nbytes)
+                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block.flatten())
+                    file.write(buffer)
+                    bar.update(block.nbytes)
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,5 @@
+"""The one exception for what a user can mend."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message says, in one line, what is wrong and what to do."""

@@ -1,0 +1,223 @@
+"""The LLaMA transformer (arXiv 2302.13971), whole, in the order in which data meets it.
+
+Sequences of different lengths are never padded: their tokens lie one after another in one
+(n_tokens, dim) tensor, which every matrix multiplies at once, and only attention, where a token
+must see its own sequence alone, takes the sequences apart.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelArgs:
+    """The keys of Meta's params.json, and the limits of one run."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    vocab_size: int = -1
+    multiple_of: int = 256
+    norm_eps: float = 1e-6
+    max_batch_size: int = 32
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer: 2/3 of 4 dim, up to a multiple of `multiple_of`."""
+        return self.multiple_of * math.ceil(int(2 / 3 * 4 * self.dim) / self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
+    """exp(i m theta^(-2j / head_dim)) for positions m < end: complex64 (end, head_dim / 2)."""
+    exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), theta**-exponents)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Turn each pair (x[2j], x[2j+1]) by its position's angle, in fp32 (arXiv 2104.09864, eq. 34).
+
+    x: (n_tokens, n_heads, head_dim); freqs_cis: (n_tokens, head_dim / 2).
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * freqs_cis.unsqueeze(1)).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of one sequence, all layers, as attention reads them.
+
+    Each is (n_layers, n_heads, length, head_dim). `length` is what is reserved; a longer sequence
+    doubles it.
+    """
+
+    def __init__(self, args: ModelArgs, length: int, dtype: torch.dtype):
+        shape = (args.n_layers, args.n_heads, length, args.head_dim)
+        self.keys, self.values = torch.empty(2, *shape, dtype=dtype)
+
+    def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (n_tokens, n_heads, head_dim) at start_pos; return (n_heads, end, head_dim)."""
+        end = start_pos + len(xk)
+        length = self.keys.shape[2]
+        if end > length:
+            more = (0, 0, 0, max(end - length, length))
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.keys[layer_id, :, start_pos:end] = xk.transpose(0, 1)
+        self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
+        return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
+
+
+class Segment(NamedTuple):
+    """The part of one sequence that a forward pass computes."""
+
+    start_pos: int
+    n_tokens: int
+    cache: KVCache | None  # None: nothing came before, nothing comes after
+    mask: Tensor | None  # (n_tokens, start_pos + n_tokens), where is_causal does not say it
+
+
+class Attention(nn.Module):
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.layer_id = layer_id
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
+        heads = (-1, self.head_dim)
+        xq = apply_rotary_emb(self.wq(x).unflatten(-1, heads), freqs_cis)
+        xk = apply_rotary_emb(self.wk(x).unflatten(-1, heads), freqs_cis)
+        xv = self.wv(x).unflatten(-1, heads)  # (n_tokens, n_heads, head_dim)
+
+        sizes = [segment.n_tokens for segment in segments]
+        output = [
+            self.attend(*qkv, segment)
+            for *qkv, segment in zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
+        ]
+        return self.wo(torch.cat(output).flatten(-2))
+
+    def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
+        """softmax(q k^T / sqrt(head_dim)) v of one sequence: (n_tokens, n_heads, head_dim)."""
+        if segment.cache is None:
+            keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
+        else:
+            keys, values = segment.cache.update(self.layer_id, segment.start_pos, xk, xv)
+        output = F.scaled_dot_product_attention(
+            xq.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=segment.mask,
+            is_causal=segment.start_pos == 0,
+        )
+        return output[0].transpose(0, 1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(layer_id, args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis, segments)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.caches: Sequence[KVCache] = ()
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
+
+    def new_cache(self, length: int) -> KVCache:
+        return KVCache(self.args, length, self.norm.weight.dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        start_pos: int | Sequence[int],
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """Logits of each sequence's last position: fp32 (bsz, vocab_size).
+
+        tokens: int64 (bsz, seqlen), or bsz one-dimensional tensors of any lengths.
+        start_pos: how many tokens of the sequence came before, for all or for each.
+        caches: what holds them; without, the model's own, begun anew where start_pos is 0.
+        """
+        if caches is None:
+            if start_pos == 0:
+                self.caches = [self.new_cache(len(row)) for row in tokens]
+            caches = self.caches
+        starts = [start_pos] * len(tokens) if isinstance(start_pos, int) else start_pos
+        h = self.hidden(tokens, starts, caches)
+        last = torch.tensor([len(row) for row in tokens]).cumsum(0) - 1
+        return self.output(h[last]).float()
+
+    def hidden(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        starts: Sequence[int],
+        caches: Sequence[KVCache | None],
+    ) -> Tensor:
+        """The normalised state of every token, sequence after sequence: (n_tokens, dim)."""
+        segments = []
+        for row, start_pos, cache in zip(tokens, starts, caches):
+            mask = None
+            if start_pos > 0 and len(row) > 1:
+                mask = torch.ones(len(row), start_pos + len(row), dtype=torch.bool).tril(start_pos)
+            segments.append(Segment(start_pos, len(row), cache, mask))
+        freqs_cis = torch.cat([self.freqs_cis[s.start_pos :][: s.n_tokens] for s in segments])
+
+        h = self.tok_embeddings(torch.cat(tuple(tokens)))
+        for layer in self.layers:
+            h = layer(h, freqs_cis, segments)
+        return self.norm(h)

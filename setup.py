@@ -1,0 +1,16 @@
+from setuptools import setup
+
+setup(
+    name="llama-cpu",
+    version="1.0.0",
+    description="Inference of Meta's LLaMA models on a CPU, in plain PyTorch",
+    license="GPL-3.0-only",
+    packages=["llama"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.13,<3",
+        "sentencepiece>=0.2,<1",
+        "fire>=0.6,<1",
+        "tqdm>=4.60,<5",
+    ],
+)
