@@ -1,7 +1,5 @@
 """Chat with a LLaMA model, on the CPU."""
 
-import sys
-
 from llama.cli import open_model, run
 
 

@@ -7,7 +7,6 @@ block of rows at a time, straight into the tensor's final form.
 
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator

@@ -156,9 +156,7 @@ def seeded(seed: int | None) -> torch.Generator:
     return generator
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """A token for each row of (bsz, vocab_size) logits: int64 (bsz,)."""
     if temperature == 0:
         return logits.argmax(-1)

@@ -80,7 +80,9 @@ class KVCache:
         shape = (args.n_layers, args.n_heads, length, args.head_dim)
         self.keys, self.values = torch.empty(2, *shape, dtype=dtype)
 
-    def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store (n_tokens, n_heads, head_dim) at start_pos; return (n_heads, end, head_dim)."""
         end = start_pos + len(xk)
         length = self.keys.shape[2]

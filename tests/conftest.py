@@ -78,6 +78,7 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, **kwargs)
+        kwargs = {"cwd": tmp_path, "capture_output": True, "timeout": 120, "check": False} | kwargs
+        return subprocess.run(command, **kwargs)
 
     return run
