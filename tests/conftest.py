@@ -78,7 +78,8 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, args)]
-        kwargs = {"cwd": tmp_path, "capture_output": True, "timeout": 120, "check": False} | kwargs
-        return subprocess.run(command, **kwargs)
+        return subprocess.run(
+            command, check=False, cwd=tmp_path, capture_output=True, timeout=120, **kwargs
+        )
 
     return run
