@@ -22,7 +22,7 @@ def main(
             line = input("prompt> ")
         except EOFError:
             return
-        (text,) = llama.generate([line], max_gen_len, temperature, top_p, seed)
+        (text,) = llama.generate([line], max_gen_len, temperature, top_p, seed=seed)
         print(text, flush=True)
 
 

@@ -1,18 +1,49 @@
 """From prompts to text: prefill, the decoding loop, sampling."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import UserError, require
 from .model import KVCache, Transformer
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # a forward pass: enough for full speed, few enough for small activations
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How far a sequence is continued, and how its tokens are drawn."""
+
+    max_gen_len: int  # tokens
+    temperature: float = 0.8  # 0: the most probable token each time
+    top_p: float = 0.95  # draw from the most probable tokens that have this mass together
+    top_k: int | None = None  # ... of the k most probable alone
+    repetition_penalty: float = 1.0  # above 1: tokens that are there already become less probable
+    seed: int | None = None  # the same seed draws the same tokens
+
+    def __post_init__(self):
+        t, p, k, penalty = self.temperature, self.top_p, self.top_k, self.repetition_penalty
+        require(self.max_gen_len >= 0, "max_gen_len", "0 or more tokens", self.max_gen_len)
+        require(0 <= t < math.inf, "temperature", "a number from 0 on", t)
+        require(0 <= p <= 1, "top_p", "a number from 0 to 1", p)
+        require(k is None or k >= 0, "top_k", "a whole number from 0 (off) on", k)
+        require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
+        require(abs(self.seed or 0) < 2**63, "seed", "a whole number of up to 18 digits", self.seed)
+
+    def generator(self) -> torch.Generator:
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
 
 
 @dataclass
@@ -52,15 +83,15 @@ class LLaMA:
         max_gen_len: int,
         temperature: float = 0.8,
         top_p: float = 0.95,
-        seed: int | None = None,
+        **options: float | None,
     ) -> list[str]:
-        """Each prompt with its continuation of at most max_gen_len tokens.
+        """Each prompt with its continuation of at most max_gen_len tokens; options: see Sampling.
 
-        temperature 0 takes the most probable token each time; otherwise tokens are drawn from the
-        nucleus `top_p`, reproducibly with a seed. `timings` tells afterwards how fast it went.
+        `timings` tells afterwards how fast it went.
         """
         self.timings = Timings()
-        generator = seeded(seed)
+        sampling = Sampling(max_gen_len, temperature, top_p, **options)
+        generator = sampling.generator()
         sequences = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         for tokens in sequences:
             self.check_length(tokens)
@@ -70,11 +101,27 @@ class LLaMA:
             contexts = [
                 self.context(tokens, max_gen_len) for tokens in sequences[start:][:batch_size]
             ]
-            steps = self.extend(contexts, max_gen_len, temperature, top_p, generator)
+            steps = self.extend(contexts, sampling, generator)
             for _ in tqdm(steps, "generating", max_gen_len, unit="token", disable=None):
                 pass
             texts += [self.tokenizer.decode(context.tokens) for context in contexts]
         return texts
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[int],
+        max_gen_len: int,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        **options: float | None,
+    ) -> Iterator[str]:
+        """The prompt, then its continuation as it comes: pieces of what `generate` returns."""
+        self.timings = Timings()
+        sampling = Sampling(max_gen_len, temperature, top_p, **options)
+        self.check_length(prompt_tokens)
+        context = self.context(prompt_tokens, max_gen_len)
+        steps = self.extend([context], sampling, sampling.generator())
+        return self.tokenizer.decode_stream(chain(prompt_tokens, chain.from_iterable(steps)))
 
     def check_length(self, tokens: Sequence[int]) -> None:
         limit = self.model.args.max_seq_len
@@ -92,22 +139,22 @@ class LLaMA:
     def extend(
         self,
         contexts: Sequence[Context],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
+        sampling: Sampling,
         generator: torch.Generator,
-    ) -> Iterator[None]:
-        """Append new tokens to the contexts, one to each at every step.
+    ) -> Iterator[list[int]]:
+        """Append new tokens to the contexts, one to each at every step: yields these.
 
         A context stays as it is from its end-of-sequence token on, which is not appended, or when
         it has reached max_seq_len; when all do, this ends.
         """
         timings = self.timings
-        for n_steps in range(max_gen_len):
+        for n_steps in range(sampling.max_gen_len):
             begin = time.perf_counter()
             n_fed = sum(len(context.tokens) - context.n_cached for context in contexts)
             logits = self.advance(contexts)
-            tokens = sample(logits, temperature, top_p, generator).tolist()
+            tokens = sample(
+                logits, [context.tokens for context in contexts], sampling, generator
+            ).tolist()
             seconds = time.perf_counter() - begin
             if n_steps == 0:
                 timings.prompt_tokens += n_fed
@@ -121,7 +168,7 @@ class LLaMA:
                 if token != self.tokenizer.eos_id:
                     context.tokens.append(token)
                     going_on.append(context)
-            yield
+            yield [context.tokens[-1] for context in going_on]
             limit = self.model.args.max_seq_len
             contexts = [context for context in going_on if len(context.tokens) < limit]
             if not contexts:
@@ -147,20 +194,34 @@ class LLaMA:
                 context.n_cached += len(piece)
 
 
-def seeded(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """A token for each row of (bsz, vocab_size) logits: int64 (bsz,)."""
-    if temperature == 0:
+def sample(
+    logits: Tensor,
+    sequences: Sequence[Sequence[int]],
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Tensor:
+    """The token after each sequence, given its row of (bsz, vocab_size) logits: int64 (bsz,)."""
+    if sampling.repetition_penalty != 1:
+        logits = penalize(logits, sequences, sampling.repetition_penalty)
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    return sample_top_p(torch.softmax(logits / temperature, -1), top_p, generator)
+    if sampling.top_k:
+        best = logits.topk(min(sampling.top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
+    probs = torch.softmax(logits / sampling.temperature, -1)
+    return sample_top_p(probs, sampling.top_p, generator)
+
+
+def penalize(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits less by the penalty for tokens that a sequence has (arXiv 1909.05858, section 4.1).
+
+    As everywhere since, a negative logit is multiplied: dividing it would make it more probable.
+    """
+    logits = logits.clone()
+    for row, tokens in zip(logits, sequences):
+        there = row[list(tokens)]
+        row[list(tokens)] = torch.where(there > 0, there / penalty, there * penalty)
+    return logits
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator) -> Tensor:

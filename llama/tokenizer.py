@@ -1,9 +1,13 @@
 """LLaMA's tokenizer: a sentencepiece model."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
+
+# Where bytes are no UTF-8, sentencepiece has one U+FFFD for each of them.
+codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
 class Tokenizer:
@@ -20,3 +24,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp_model.decode(list(ids))
+
+    def decode_stream(self, ids: Iterable[int], within: bool = False) -> Iterator[str]:
+        """The text of each id as it comes; the pieces join to what `decode` makes of all ids.
+
+        A character whose bytes come in several ids is held back until it is whole. `within`: the
+        ids go on with a text, so that a space before the first is kept.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("each")
+        sp = self.sp_model
+        for token in ids:
+            if sp.is_byte(token):
+                yield utf8.decode(bytes([int(sp.id_to_piece(token)[3:5], 16)]))  # <0x0A>
+            else:
+                first = sp.decode([token])
+                piece = sp.decode([token, token])[len(first) :] if within else first
+                yield utf8.decode(b"", final=True) + piece
+            within = within or not sp.is_control(token)
+        yield utf8.decode(b"", final=True)
