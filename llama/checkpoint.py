@@ -37,7 +37,7 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
     "tok_embeddings": 1,
 }
 UNUSED = {"rope.freqs"}  # in every shard, the same, and computed anew by the model
-SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
+SHARDS = {"7B": 1, "13B": 2, "30B": 4, "34B": 4, "65B": 8, "70B": 8}
 BLOCK = 2**24  # bytes read at once: large enough for the disk, small beside any model
 
 

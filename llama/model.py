@@ -22,12 +22,17 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
+    n_kv_heads: int | None = None  # fewer: each serves a group of heads (arXiv 2305.13245)
     vocab_size: int = -1
     multiple_of: int = 256
+    ffn_dim_multiplier: float = 1.0
     norm_eps: float = 1e-6
     max_batch_size: int = 32
     max_seq_len: int = 512
     rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
 
     @property
     def head_dim(self) -> int:
@@ -35,8 +40,9 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: 2/3 of 4 dim, up to a multiple of `multiple_of`."""
-        return self.multiple_of * math.ceil(int(2 / 3 * 4 * self.dim) / self.multiple_of)
+        """Width of the feed-forward layer: 2/3 of 4 dim, and up to a multiple of `multiple_of`."""
+        width = int(self.ffn_dim_multiplier * int(2 / 3 * 4 * self.dim))
+        return self.multiple_of * math.ceil(width / self.multiple_of)
 
 
 class RMSNorm(nn.Module):
@@ -72,18 +78,18 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of one sequence, all layers, as attention reads them.
 
-    Each is (n_layers, n_heads, length, head_dim). `length` is what is reserved; a longer sequence
-    doubles it.
+    Each is (n_layers, n_kv_heads, length, head_dim). `length` is what is reserved; a longer
+    sequence doubles it.
     """
 
     def __init__(self, args: ModelArgs, length: int, dtype: torch.dtype):
-        shape = (args.n_layers, args.n_heads, length, args.head_dim)
+        shape = (args.n_layers, args.n_kv_heads, length, args.head_dim)
         self.keys, self.values = torch.empty(2, *shape, dtype=dtype)
 
     def update(
         self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store (n_tokens, n_heads, head_dim) at start_pos; return (n_heads, end, head_dim)."""
+        """Store (n_tokens, n_kv_heads, head_dim) there; return (n_kv_heads, end, head_dim)."""
         end = start_pos + len(xk)
         length = self.keys.shape[2]
         if end > length:
@@ -109,15 +115,15 @@ class Attention(nn.Module):
         self.layer_id = layer_id
         self.head_dim = args.head_dim
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
         heads = (-1, self.head_dim)
         xq = apply_rotary_emb(self.wq(x).unflatten(-1, heads), freqs_cis)
         xk = apply_rotary_emb(self.wk(x).unflatten(-1, heads), freqs_cis)
-        xv = self.wv(x).unflatten(-1, heads)  # (n_tokens, n_heads, head_dim)
+        xv = self.wv(x).unflatten(-1, heads)  # (n_tokens, n_kv_heads, head_dim)
 
         sizes = [segment.n_tokens for segment in segments]
         output = [
@@ -132,14 +138,16 @@ class Attention(nn.Module):
             keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
         else:
             keys, values = segment.cache.update(self.layer_id, segment.start_pos, xk, xv)
+        alone = len(xq) == 1  # then heads can be positions, and a group reads its keys once
         output = F.scaled_dot_product_attention(
-            xq.transpose(0, 1)[None],
+            (xq.view(len(keys), -1, self.head_dim) if alone else xq.transpose(0, 1))[None],
             keys[None],
             values[None],
             attn_mask=segment.mask,
-            is_causal=segment.start_pos == 0,
-        )
-        return output[0].transpose(0, 1)
+            is_causal=segment.start_pos == 0 and not alone,
+            enable_gqa=True,  # without copies of keys and values
+        )[0]
+        return output.reshape(xq.shape) if alone else output.transpose(0, 1)
 
 
 class FeedForward(nn.Module):
