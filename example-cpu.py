@@ -55,6 +55,9 @@ def main(
     begin = time.perf_counter()
     llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype, quantize)
     load_seconds = time.perf_counter() - begin
+    if verbose:
+        for form, ways in llama.plan.items():
+            print(f"{form}: {ways}", file=sys.stderr)
     if len(texts) == 1:
         tokens = llama.tokenizer.encode(texts[0], bos=True, eos=False)
         continued = [llama.stream(tokens, **asdict(sampling))]

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from llama.checkpoint import SHARDS, merge
-from llama.cli import run
+from llama.cli import check_quantize, parse_dtype, run
 from llama.errors import UserError
 
 
@@ -12,6 +12,8 @@ def main(
     model_size: str,
     input_dir: str = "model",
     output_dir: str = ".",
+    dtype: str | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Merge INPUT_DIR/MODEL_SIZE/consolidated.*.pth into OUTPUT_DIR/merged.pth.
@@ -20,11 +22,20 @@ def main(
         model_size: 7B, 13B, 30B or 65B.
         input_dir: The folder that holds a folder of that name.
         output_dir: Where merged.pth goes.
+        dtype: float32 or bfloat16, to convert; without, the weights stay what they are.
+        quantize: int8 or int4, so that the next start reads a half or a quarter as much.
         overwrite: Replace a merged.pth that is there already.
     """
     if model_size not in SHARDS:
         raise UserError(f"--model_size takes {', '.join(SHARDS)}, not {model_size!r}")
-    target = merge(Path(input_dir, model_size), Path(output_dir), overwrite)
+    check_quantize(quantize)
+    target = merge(
+        Path(input_dir, model_size),
+        Path(output_dir),
+        dtype and parse_dtype(dtype),
+        quantize,
+        overwrite,
+    )
     print(f"wrote {target}: it runs beside params.json of {model_size}", file=sys.stderr)
 
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from .errors import UserError
 from .generation import LLaMA
+from .linear import tune
 from .model import ModelArgs, Transformer
+from .quantize import GAIN, WRITERS, form_of, quantize_reader, quantize_writer, use_forms
 from .tokenizer import Tokenizer
 
 SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
@@ -160,6 +162,58 @@ def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: 
     return ModelArgs(**params | {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
 
 
+def layout(
+    weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
+) -> dict[str, Tensor]:
+    """What `convert` will make: names, shapes and types, on the meta device."""
+    state = {}
+    with torch.device("meta"):
+        for name, weight in weights.items():
+            if form := quantize and form_of(name, weight.shape, quantize):
+                state |= form(*weight.shape).state_dict(prefix=name.removesuffix("weight"))
+            else:
+                state[name] = torch.empty(weight.shape, dtype=final_dtype(name, weight, dtype))
+    return state
+
+
+def convert(
+    weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors in their final form, one after another, in little memory.
+
+    dtype: of what is not quantized; None leaves it as it is in the file.
+    """
+    for name, weight in weights.items():
+        form = quantize and form_of(name, weight.shape, quantize)
+        if form:
+            kind = name.split(".")[-2]
+            if kind in WRITERS:
+                buffers = quantize_writer(weight.read(torch.float32), form)
+            else:
+                norm = (
+                    ".".join([*name.split(".")[:-3], GAIN[kind], "weight"])
+                    if kind in GAIN
+                    else None
+                )
+                gain = weights[norm].read(torch.float32) if norm else None
+                buffers = quantize_reader((block for _, block in weight.blocks()), gain, form)
+            for key, buffer in buffers.items():
+                yield name.removesuffix("weight") + key, buffer
+        elif quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
+            yield name, torch.ones(weight.shape, dtype=final_dtype(name, weight, dtype))
+        else:
+            yield name, weight.read(final_dtype(name, weight, dtype))
+
+
+def final_dtype(name: str, weight: Weight, dtype: torch.dtype | None) -> torch.dtype:
+    """dtype for floating-point weights; what quantized ones consist of stays as it is."""
+    return (
+        dtype
+        if dtype and name.endswith(".weight") and weight.dtype.is_floating_point
+        else weight.dtype
+    )
+
+
 def load(
     ckpt_dir: str | Path,
     tokenizer_path: str | Path,
@@ -172,51 +226,57 @@ def load(
     tokenizer = Tokenizer(tokenizer_path)
     args = read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
     weights = open_checkpoint(find_files(ckpt_dir))
+    for name in UNUSED & weights.keys():
+        del weights[name]
+    dtype = torch.get_default_dtype()
+    state = layout(weights, dtype, quantize)
     with torch.device("meta"):
         model = Transformer(args)
+        use_forms(model, state)
 
-    state = {}
-    total = sum(weights[name].n_bytes for name in model.state_dict())
+    total = sum(tensor.nbytes for tensor in state.values())
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name in model.state_dict():
-            state[name] = weights[name].read(torch.get_default_dtype())
-            bar.update(weights[name].n_bytes)
-    model.load_state_dict(state, assign=True)
-    return LLaMA(model.requires_grad_(False).eval(), tokenizer)
+        for name, tensor in convert(weights, dtype, quantize):
+            path, _, key = name.rpartition(".")
+            module = model.get_submodule(path)
+            if key in dict(module.named_parameters(recurse=False)):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, key, tensor)
+            bar.update(tensor.nbytes)
+    return LLaMA(model.eval(), tokenizer, tune(model))
 
 
-def reserve(path: Path, weights: dict[str, Weight]) -> None:
-    """A checkpoint with the index of these weights, and holes where their bytes will be."""
-    with FakeTensorMode():
-        state = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in weights.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(state, path)
-
-
-def merge(input_dir: Path, output_dir: Path, overwrite: bool = False) -> Path:
-    """Write the shards in input_dir as one output_dir/merged.pth, in little memory."""
+def merge(
+    input_dir: Path,
+    output_dir: Path,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the weights in input_dir as one output_dir/merged.pth, in little memory."""
     target = output_dir / "merged.pth"
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: move it away, or give --overwrite")
-    paths = sorted(input_dir.glob("consolidated.*.pth"))
-    weights = open_checkpoint(paths)
-    total = sum(weight.n_bytes for weight in weights.values())
+    weights = open_checkpoint(sorted(input_dir.glob("consolidated.*.pth")))
+    state = layout(weights, dtype, quantize)
+    total = sum(tensor.nbytes for tensor in state.values())
     free = shutil.disk_usage(output_dir).free
     if free < total:
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
     partial = target.with_name(f".merged.pth.{os.getpid()}")
     try:
-        reserve(partial, weights)
+        reserve(partial, state)
+        places = read_index(partial)
         with (
             partial.open("r+b", buffering=0) as file,
             tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            for name, place in read_index(partial).items():
-                file.seek(place.offset)
-                for _, block in weights[name].blocks():
+            for name, tensor in convert(weights, dtype, quantize):
+                file.seek(places[name].offset)
+                for block in tensor.flatten().split(BLOCK // tensor.itemsize):
                     buffer = bytearray(block.nbytes)
-                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block.flatten())
+                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
                     file.write(buffer)
                     bar.update(block.nbytes)
             os.fsync(file.fileno())
@@ -224,3 +284,11 @@ def merge(input_dir: Path, output_dir: Path, overwrite: bool = False) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def reserve(path: Path, state: dict[str, Tensor]) -> None:
+    """A checkpoint with the index of these tensors, and holes where their bytes will be."""
+    with FakeTensorMode():
+        fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(fakes, path)

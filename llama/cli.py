@@ -12,7 +12,7 @@ import fire
 import torch
 
 from .checkpoint import find_files, load
-from .errors import UserError
+from .errors import UserError, require
 from .generation import LLaMA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +78,8 @@ def open_model(
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo that comes along.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UserError(f"--dtype takes float32 or bfloat16, not {dtype!r}")
-    torch.set_default_dtype(dtypes[dtype])
+    torch.set_default_dtype(parse_dtype(dtype))
+    check_quantize(quantize)
     folder = Path(ckpt_dir) if ckpt_dir else default_model()
     if not find_files(folder):
         raise UserError(
@@ -91,6 +89,16 @@ def open_model(
     own = folder / "tokenizer.model"
     tokenizer = tokenizer_path or (own if own.exists() else "tokenizer/tokenizer.model")
     return load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    require(name in dtypes, "dtype", "float32 or bfloat16", name)
+    return dtypes[name]
+
+
+def check_quantize(name: str | None) -> None:
+    require(name in (None, "int8", "int4"), "quantize", "int8 or int4", name)
 
 
 def default_model() -> Path:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -72,9 +72,13 @@ class Timings:
 
 
 class LLaMA:
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, plan: Mapping[str, str] | None = None
+    ):
+        """plan: how each form of weight is multiplied, in words."""
         self.model = model
         self.tokenizer = tokenizer
+        self.plan = plan or {}
         self.timings = Timings()
 
     def generate(

@@ -1,10 +1,13 @@
 """Checkpoints in Meta's layout, made for the tests."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for another
 
 import pytest
 import torch

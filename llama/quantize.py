@@ -1,0 +1,101 @@
+"""What becomes of weights before they are rounded, and which take which form.
+
+Real models have a few channels in the residual stream that are far larger than the rest, and one
+int8 scale for a token's activations cannot serve both. Turning the stream by an orthogonal matrix R
+spreads them out and changes nothing else (QuaRot, arXiv 2404.00456, section 4): what reads the
+stream is multiplied by R on its input side, what writes it by R^T on its output side. RMSNorm's
+gains stand in the way, so they are folded into the matrices that follow first.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .linear import GROUPS, BF16Linear, Int4Linear, Int8Embedding, Int8Linear
+
+GAIN = {  # the norm whose gain goes into a matrix
+    "wq": "attention_norm",
+    "wk": "attention_norm",
+    "wv": "attention_norm",
+    "w1": "ffn_norm",
+    "w3": "ffn_norm",
+    "output": "norm",
+}
+READERS = {*GAIN, "tok_embeddings"}  # matrices with the residual stream on their input side
+WRITERS = {"wo", "w2"}  # and on their output side
+# By measurement on the demo model: the output in int4 costs a third of what all the rest does.
+INT8_ALWAYS = {"tok_embeddings", "output"}
+
+
+def form_of(name: str, shape: torch.Size, quantize: str) -> type[nn.Module] | None:
+    """The module that holds the weight `name`; None: it stays as it is."""
+    kind = name.split(".")[-2]
+    if kind == "tok_embeddings":
+        return Int8Embedding
+    if kind not in READERS | WRITERS:
+        return None
+    int4 = quantize == "int4" and kind not in INT8_ALWAYS and shape[1] % min(GROUPS) == 0
+    return Int4Linear if int4 else Int8Linear
+
+
+def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give each matrix of a model on the meta device the form that the state's tensors are for."""
+    for path, module in list(model.named_modules()):
+        kind = path.rpartition(".")[2]
+        if kind == "tok_embeddings" and f"{path}.scales" in state:
+            new = Int8Embedding(*module.weight.shape)
+        elif f"{path}.groups" in state:
+            new = Int4Linear(*module.weight.shape)
+        elif f"{path}.scales" in state:
+            new = Int8Linear(*module.weight.shape)
+        elif isinstance(module, nn.Linear) and state[f"{path}.weight"].dtype == torch.bfloat16:
+            new = BF16Linear(*module.weight.shape)
+        else:
+            continue
+        new.precise = kind == "w2"  # its input is not the residual stream: R does not reach it
+        model.set_submodule(path, new)
+
+
+def quantize_reader(
+    blocks: Iterable[Tensor], gain: Tensor | None, form: type[nn.Module]
+) -> dict[str, Tensor]:
+    """The buffers of `form` for W R, from row blocks of W, (n, dim) each."""
+    blocks = (block.float() if gain is None else block.float() * gain for block in blocks)
+    return quantize_rows(map(rotate, blocks), form)
+
+
+def quantize_writer(matrix: Tensor, form: type[nn.Module]) -> dict[str, Tensor]:
+    """The buffers of `form` for R^T W, from an fp32 W of (dim, n), which is overwritten."""
+    for columns in matrix.split(512, dim=1):
+        columns.copy_(rotate(columns.t()).t())
+    return quantize_rows(matrix.split(512), form)
+
+
+def quantize_rows(blocks: Iterable[Tensor], form: type[nn.Module]) -> dict[str, Tensor]:
+    parts = [form.quantize(block) for block in blocks]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.cache
+def hadamard(n: int) -> Tensor:
+    """Orthogonal (n, n) of +-1 / sqrt(n), n a power of two (Sylvester's construction)."""
+    h = torch.ones(1, 1, dtype=torch.float32)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / math.sqrt(n)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x R for fp32 (n, dim): random signs, then Hadamard in blocks of the power of two in dim.
+
+    H of order a b is the Kronecker product of H_a and H_b: 2 (a + b) flops a number, not 2 a b.
+    """
+    dim = x.shape[1]
+    power = (dim & -dim).bit_length() - 1
+    a, b = 2 ** (power // 2), 2 ** (power - power // 2)
+    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blocks = (x * signs).view(len(x), -1, a, b)
+    return (hadamard(a) @ blocks @ hadamard(b)).view(x.shape)
