@@ -65,10 +65,13 @@ class Timings:
     new_tokens: int = 0
     new_seconds: float = 0.0
 
+    @property
+    def new_rate(self) -> float:
+        return self.new_tokens / max(self.new_seconds, 1e-9)
+
     def __str__(self) -> str:
         prompt_rate = self.prompt_tokens / max(self.prompt_seconds, 1e-9)
-        new_rate = self.new_tokens / max(self.new_seconds, 1e-9)
-        return f"prompt {prompt_rate:.1f} tokens/s, generated {new_rate:.1f} tokens/s"
+        return f"prompt {prompt_rate:.1f} tokens/s, generated {self.new_rate:.1f} tokens/s"
 
 
 class LLaMA:

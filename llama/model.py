@@ -99,6 +99,18 @@ class KVCache:
         self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
         return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
 
+    @torch.inference_mode()
+    def drop(self, start: int, end: int, length: int, freqs_cis: Tensor) -> None:
+        """Forget positions start to end; what follows them, up to length, moves up to start.
+
+        Attention sees only how far apart positions are (arXiv 2104.09864, eq. 16), so that keys
+        may move when they are turned back by the angle of as many positions.
+        """
+        back = freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
+        for keys, values in zip(self.keys, self.values):  # (n_heads, length, head_dim)
+            keys[:, start : start + length - end] = apply_rotary_emb(keys[:, end:length], back)
+            values[:, start : start + length - end] = values[:, end:length].clone()
+
 
 class Segment(NamedTuple):
     """The part of one sequence that a forward pass computes."""

@@ -18,9 +18,14 @@ class Tokenizer:
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()  # -1 in LLaMA: no piece, never an index
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, between bos_id and eos_id where asked."""
-        return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
+    def encode(self, s: str, bos: bool, eos: bool, within: bool = False) -> list[int]:
+        """The ids of `s`, between bos_id and eos_id where asked.
+
+        `within`: `s` goes on with a text, and gets no space before it as the beginning of one does.
+        """
+        before = "\n" if within else ""  # a byte's id, which joins with nothing after it
+        ids = self.sp_model.encode(before + s)[len(self.sp_model.encode(before)) :]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp_model.decode(list(ids))
