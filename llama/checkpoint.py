@@ -142,7 +142,7 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
     weights = {}
     for name in shards[0]:
         pieces = [shard[name] for shard in shards]
-        dim = SPLIT_DIM.get(name.split(".")[-2])
+        dim = SPLIT_DIM.get(name.split(".")[-2]) if len(pieces[0].shape) > 1 else None
         weights[name] = Weight(pieces[:1], 0) if dim is None else Weight(pieces, dim)
     return weights
 

@@ -249,18 +249,18 @@ def unpack_int4(packed: Tensor, interleaved: int | None) -> Tensor:
 
 
 class Int8Embedding(nn.Module):
-    """A row for each token, int8 with a scale of its own; looked up in the default dtype."""
+    """A row for each token, int8 with a scale of its own; looked up in the default dtype of the load."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
+        self.dtype = torch.get_default_dtype()
         self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(num_embeddings, dtype=torch.float32))
 
     quantize = staticmethod(Int8Linear.quantize)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens] * self.scales[tokens, None]
-        return rows.to(torch.get_default_dtype())
+        return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
 
 
 def tune(model: nn.Module) -> dict[str, str]:
