@@ -1,15 +1,16 @@
-"""Merge the shards of a LLaMA checkpoint into one file."""
+"""Make one file of a LLaMA checkpoint: Meta's shards, or a Hugging Face folder."""
 
 import sys
 from pathlib import Path
 
 from llama.checkpoint import SHARDS, merge
 from llama.cli import check_quantize, parse_dtype, run
-from llama.errors import UserError
+from llama.errors import UserError, require
+from llama.huggingface import convert_folder
 
 
 def main(
-    model_size: str,
+    model_size: str | None = None,
     input_dir: str = "model",
     output_dir: str = ".",
     dtype: str | None = None,
@@ -18,25 +19,30 @@ def main(
 ) -> None:
     """Merge INPUT_DIR/MODEL_SIZE/consolidated.*.pth into OUTPUT_DIR/merged.pth.
 
+    Without MODEL_SIZE the weights are in INPUT_DIR itself. Where there is a config.json, they are
+    Hugging Face's, and params.json and tokenizer.model are written too.
+
     Args:
-        model_size: 7B, 13B, 30B or 65B.
-        input_dir: The folder that holds a folder of that name.
+        model_size: 7B, 13B, 30B, 34B, 65B or 70B.
+        input_dir: The folder that holds a folder of that name, or the weights.
         output_dir: Where merged.pth goes.
         dtype: float32 or bfloat16, to convert; without, the weights stay what they are.
         quantize: int8 or int4, so that the next start reads a half or a quarter as much.
-        overwrite: Replace a merged.pth that is there already.
+        overwrite: Replace what is there already.
     """
-    if model_size not in SHARDS:
-        raise UserError(f"--model_size takes {', '.join(SHARDS)}, not {model_size!r}")
+    require(model_size in (None, *SHARDS), "model_size", ", ".join(SHARDS), model_size)
     check_quantize(quantize)
-    target = merge(
-        Path(input_dir, model_size),
-        Path(output_dir),
-        dtype and parse_dtype(dtype),
-        quantize,
-        overwrite,
-    )
-    print(f"wrote {target}: it runs beside params.json of {model_size}", file=sys.stderr)
+    folder = Path(input_dir, model_size or "")
+    foreign = (folder / "config.json").exists()
+    if not foreign and not any(folder.glob("consolidated.*.pth")):
+        raise UserError(
+            f"{folder} has neither consolidated.*.pth nor a config.json: "
+            "name the folder that has the weights with --input_dir"
+        )
+    write = convert_folder if foreign else merge
+    target = write(folder, Path(output_dir), dtype and parse_dtype(dtype), quantize, overwrite)
+    params = Path(output_dir if foreign else folder, "params.json")
+    print(f"wrote {target}: it runs beside {params}", file=sys.stderr)
 
 
 if __name__ == "__main__":

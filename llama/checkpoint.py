@@ -147,18 +147,37 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
     return weights
 
 
-def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-    path = ckpt_dir / "params.json"
+def read_json(path: Path) -> dict:
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it belongs beside the weights") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): get it again") from None
+
+
+def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    """Meta's params.json, where `sliding_window` may say which context is the longest to run.
+
+    It is Mistral's name for how many tokens back a token attends to: up to there to all of them,
+    as LLaMA's do.
+    """
+    path = ckpt_dir / "params.json"
+    params = read_json(path)
+    window = params.pop("sliding_window", None) or max_seq_len
     known = {field.name for field in fields(ModelArgs)}
     unknown = sorted(params.keys() - known)
     if unknown:
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = n_words
+    if params["vocab_size"] < n_words:
+        raise UserError(
+            f"{path}: vocab_size is {params['vocab_size']}, but the tokenizer has {n_words} "
+            "pieces: it is another model's"
+        )
+    if max_seq_len > window:
+        raise UserError(f"--max_seq_len takes at most {window}, the sliding_window of {path}")
     return ModelArgs(**params | {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
 
 
@@ -253,11 +272,22 @@ def merge(
     quantize: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the weights in input_dir as one output_dir/merged.pth, in little memory."""
+    """Write the shards in input_dir as one output_dir/merged.pth."""
+    weights = open_checkpoint(sorted(input_dir.glob("consolidated.*.pth")))
+    return write_merged(weights, output_dir, dtype, quantize, overwrite)
+
+
+def write_merged(
+    weights: dict[str, Weight],
+    output_dir: Path,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the weights as one output_dir/merged.pth, in little memory."""
     target = output_dir / "merged.pth"
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: move it away, or give --overwrite")
-    weights = open_checkpoint(sorted(input_dir.glob("consolidated.*.pth")))
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
     free = shutil.disk_usage(output_dir).free

@@ -158,7 +158,7 @@ class LLaMA:
         for n_steps in range(sampling.max_gen_len):
             begin = time.perf_counter()
             n_fed = sum(len(context.tokens) - context.n_cached for context in contexts)
-            logits = self.advance(contexts)
+            logits = self.advance(contexts)[:, : self.tokenizer.n_words]  # what is past is padding
             tokens = sample(
                 logits, [context.tokens for context in contexts], sampling, generator
             ).tolist()

@@ -6,13 +6,18 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from .errors import UserError
+
 # Where bytes are no UTF-8, sentencepiece has one U+FFFD for each of them.
 codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
 class Tokenizer:
     def __init__(self, model_path: str | Path):
-        self.sp_model = SentencePieceProcessor(model_file=str(model_path))
+        try:
+            self.sp_model = SentencePieceProcessor(model_file=str(model_path))
+        except (OSError, RuntimeError):
+            raise UserError(f"{model_path} is missing, or no sentencepiece model") from None
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()

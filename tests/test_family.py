@@ -1,6 +1,7 @@
 """LLaMA's family: grouped-query attention, Meta's later params.json, and Hugging Face's folders."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from conftest import TOKENIZER, write_shards
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import llama
+from llama.huggingface import convert_folder, open_folder
 
 GROUPED = {  # two query heads to each of eight kv heads, as many as Llama 2 70B's
     "dim": 128,
@@ -148,3 +151,251 @@ def test_the_published_shapes_of_later_models_follow_from_their_params():
             model = llama.Transformer(args)
         assert args.hidden_dim == hidden_dim
         assert sum(w.numel() for w in model.parameters()) == pytest.approx(n_params, rel=0.01)
+
+
+SMALL = {  # a feed-forward layer of no multiple of any power of two
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 345,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+FOLDERS = {
+    "llama": LlamaConfig(**SMALL),
+    "grouped": LlamaConfig(
+        **SMALL | {"num_key_value_heads": 2, "rms_norm_eps": 1e-3, "intermediate_size": 344}
+    ),
+    "tied": LlamaConfig(**SMALL | {"tie_word_embeddings": True}),
+    "rope_theta": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "narrow": LlamaConfig(**SMALL | {"intermediate_size": 200}),  # less than 2/3 of 4 dim
+    "padded": LlamaConfig(**SMALL | {"vocab_size": 2050}),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=64),
+}
+
+
+def write_folder(folder: Path, config: LlamaConfig | MistralConfig, kind: str = "whole") -> Path:
+    """A folder as its peers' own code writes it: config.json, tokenizer.model and weights."""
+    torch.manual_seed(0)
+    classes = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
+    model = classes[config.model_type](config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1, 0.1)
+    model.to({"half": torch.half, "bfloat16": torch.bfloat16}.get(kind, torch.float32))
+    model.save_pretrained(folder, max_shard_size="500KB" if kind == "sharded" else "1GB")
+    if kind == "bin":  # as transformers wrote it before its fifth version
+        state = list(model.state_dict().items())
+        state.append(("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8)))
+        for n, part in enumerate((state[:9], state[9:]), 1):
+            torch.save(dict(part), folder / f"pytorch_model-{n:05}-of-00002.bin")
+        (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    return folder
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def peer_logits(folder: Path) -> Tensor:
+    """Every position's, in fp32: (bsz, seqlen, vocab_size)."""
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
+    peer = classes[config["model_type"]].from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return peer(TOKENS).logits
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def convert(
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Tensor]:
+    """What merged.pth holds afterwards."""
+    return torch.load(convert_folder(folder, out, dtype, quantize, overwrite), weights_only=True)
+
+
+def refusal(folder: Path, out: Path) -> str:
+    """The one line with which a folder is refused, before anything is written."""
+    before = sorted(out.iterdir())
+    with pytest.raises(llama.UserError) as caught:
+        convert(folder, out)
+    assert sorted(out.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_converted_folder_agrees_with_transformers(name, tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS[name])
+    convert(folder, out)
+    model = llama.load(out, out / "tokenizer.model", max_seq_len=64).model
+    expected = peer_logits(folder)
+    assert relative_error(model(TOKENS[:, :20], 0), expected[:, 19]) < 1e-4
+    assert relative_error(model(TOKENS[:, 20:23], 20), expected[:, 22]) < 1e-4
+    assert relative_error(model(TOKENS[:, 23:], 23), expected[:, 23]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sharded", "bin", "half", "bfloat16"])
+def test_every_format_of_weights_agrees_with_transformers(kind, tmp_path):
+    folder = write_folder(tmp_path, FOLDERS["grouped"], kind)
+    if kind == "sharded":
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    weights, params = open_folder(folder)
+    del params["sliding_window"]
+    model = llama.Transformer(llama.ModelArgs(**params))
+    model.load_state_dict({name: w.read(torch.float32) for name, w in weights.items()})
+    if kind == "bin":
+        write_folder(folder, FOLDERS["grouped"])  # transformers reads what it writes now
+    assert relative_error(model(TOKENS, 0), peer_logits(folder)[:, -1]) < 1e-4
+
+
+def test_config_json_of_earlier_transformers_is_understood(tmp_path):
+    folder = write_folder(tmp_path, FOLDERS["rope_theta"])
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("rope_parameters", "head_dim", "num_key_value_heads", "mlp_bias"):
+        config.pop(field)
+    config |= {"rope_theta": 1e6, "rope_scaling": None}
+    expected = open_folder(folder)[1]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_folder(folder)[1] == expected
+
+
+def test_conversion_keeps_the_dtype_or_changes_it(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["grouped"], "bfloat16")
+    kept = convert(folder, out)
+    assert {weight.dtype for weight in kept.values()} == {torch.bfloat16}
+    changed = convert(folder, out, dtype=torch.float32, overwrite=True)
+    assert {weight.dtype for weight in changed.values()} == {torch.float32}
+    for name, weight in kept.items():
+        assert torch.equal(changed[name], weight.float()), name
+
+
+def test_conversion_quantizes_as_loading_does(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["grouped"])
+    convert(folder, out)
+    expected = llama.load(out, TOKENIZER, quantize="int8").model.state_dict()
+    convert(folder, out, quantize="int8", overwrite=True)
+    quantized = llama.load(out, TOKENIZER).model.state_dict()
+    assert quantized.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(quantized[name], tensor), name
+
+
+def test_the_script_recognises_a_folder_and_what_it_writes_runs(tmp_path, out, run_script):
+    folder = write_folder(tmp_path / "in", FOLDERS["grouped"], "sharded")
+    process = run_script("merge-weights.py", "--input_dir", folder, "--output_dir", "out")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == b""
+    assert sorted(path.name for path in out.iterdir()) == [
+        "merged.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
+    assert llama.load(out, out / "tokenizer.model").generate(["Once"], 4)[0].startswith("Once")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "qwen2"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("head_dim", 32),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_what_is_not_llamas_architecture_is_refused_by_field(field, value, tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    edit_config(folder, **{field: value})
+    assert field in refusal(folder, out)
+
+
+def test_a_tokenizer_that_is_not_sentencepiece_is_refused(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert "tokenizer.model" in refusal(folder, out)
+    (folder / "tokenizer.model").unlink()
+    assert "tokenizer.model" in refusal(folder, out)
+
+
+def test_a_missing_or_damaged_file_of_weights_is_named(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"], "sharded")
+    first = min(folder.glob("model-*"))
+    content = first.read_bytes()
+    first.write_bytes(content[:-1])
+    assert first.name in refusal(folder, out)
+    first.unlink()
+    assert "model." in refusal(folder, out)
+
+
+def test_safetensors_is_asked_for_by_name(tmp_path, out, monkeypatch):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it fails
+    assert "pip install safetensors" in refusal(folder, out)
+
+
+@pytest.mark.parametrize("name", ["merged.pth", "params.json", "tokenizer.model"])
+def test_conversion_overwrites_nothing_unless_told(name, tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    mine = out / name
+    mine.write_text("mine")
+    assert "--overwrite" in refusal(folder, out)
+    assert mine.read_text() == "mine"
+    convert(folder, out, overwrite=True)
+    assert mine.read_bytes() != b"mine"
+
+
+def test_a_folder_can_be_converted_where_it_is(tmp_path):
+    folder = write_folder(tmp_path, FOLDERS["llama"])
+    convert(folder, folder)
+    assert (folder / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_a_context_longer_than_the_sliding_window_is_refused(tmp_path, out):
+    convert(write_folder(tmp_path / "in", FOLDERS["mistral"]), out)
+    with pytest.raises(llama.UserError, match="max_seq_len.* 64.*sliding_window"):
+        llama.load(out, TOKENIZER, max_seq_len=65)
+
+
+def test_tokens_beyond_the_tokenizer_are_never_drawn(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["padded"])
+    (folder / "added_tokens.json").write_text('{"[PAD]": 2048, "<|im_end|>": 2049}')
+    convert(folder, out)
+    llm = llama.load(out, out / "tokenizer.model")
+    with torch.no_grad():  # so that nothing else would be drawn
+        llm.model.output.weight[:2048] = 0
+        llm.model.output.weight[2048:] = llm.model.norm.weight.sign() * 1e4
+    for temperature in (0, 0.8):
+        text = llm.generate(["Once upon"], 8, temperature=temperature, seed=0)[0]
+        assert text.startswith("Once upon")
+
+
+@pytest.mark.parametrize("key", ["use_scaled_rope", "moe"])
+def test_an_unknown_key_of_params_json_is_refused_by_name(key, grouped, tmp_path):
+    params = tmp_path / "params.json"
+    params.write_text(json.dumps(GROUPED | {key: True}))
+    (tmp_path / "merged.pth").symlink_to(grouped[1] / "consolidated.00.pth")
+    with pytest.raises(llama.UserError, match=key):
+        llama.load(tmp_path, TOKENIZER)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(grouped, tmp_path):
+    params = tmp_path / "params.json"
+    params.write_text(json.dumps(GROUPED | {"vocab_size": 2000}))
+    with pytest.raises(llama.UserError, match="2000.*2048"):
+        llama.load(tmp_path, TOKENIZER)
