@@ -15,7 +15,7 @@ HELP = """\
 /help    show this
 /exit    leave, as the end of input and Ctrl-C at the prompt do
 Ctrl-C   stop the reply; the conversation goes on
-A line ending in \\ goes on in the next. To send a line that begins with /, put a space before it."""
+A line ending in \\ goes on in the next. A space before / sends a line that begins with it."""
 
 
 def main(
@@ -39,23 +39,23 @@ def main(
 
     Args:
         style: How the talk is written out for the model: dialog, complete, llama2, alpaca, vicuna.
-        system: What the model is told first, instead of the style's own preamble.
-        ckpt_dir: Folder of params.json and merged.pth or consolidated.*.pth. Default: ./model.
-        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else ./tokenizer/tokenizer.model.
+        system: What the model is told first, instead of the style's preamble. Default: that
+        ckpt_dir: Folder of params.json and merged.pth or consolidated.*.pth. Default: ./model
+        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
-        top_k: Draw from this many most probable tokens at most. Default: off.
+        top_k: Draw from this many most probable tokens at most. Default: off
         repetition_penalty: Above 1, tokens that are there already become less probable.
         max_seq_len: Context, in tokens: when it is full, the oldest turns are forgotten.
         max_gen_len: Longest reply, in tokens.
         dtype: float32, or bfloat16 for half the memory.
-        quantize: int8 or int4, for a quarter or a seventh of the memory.
-        seed: Any whole number: the same seed draws the same tokens.
+        quantize: int8 or int4, for a quarter or a seventh of the memory. Default: off
+        seed: Any whole number: the same seed draws the same tokens. Default: none
         verbose: Say how the model lies in memory and is computed.
     """
     require(style in STYLES, "style", ", ".join(STYLES), style)
     sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
-    llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize)
+    llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize, verbose)
     chat = Chat(llama, STYLES[style], system, sampling)
     for line in read_lines():
         if line == "/exit":

@@ -1,14 +1,15 @@
 """What the three scripts share: flags, the model they name, errors and exit codes."""
 
+import argparse
 import functools
 import inspect
+import os
 import re
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
 import torch
 
 from .checkpoint import find_files, load
@@ -24,46 +25,58 @@ def run(main: Callable[..., None]) -> None:
     A user's mistake ends in one line on stderr and exit code 1, an unknown flag in usage and 2,
     Ctrl-C in 130. Nothing runs before the whole command line is understood.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    argv = [os.fsencode(arg).decode("utf-8", "replace") for arg in sys.argv[1:]]
     try:
-        args, kwargs = parse(main, sys.argv[1:])
+        args, kwargs = parse(main, argv)
         main(*args, **kwargs)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print(file=sys.stderr)
         sys.exit(130)
 
 
-def parse(main: Callable[..., None], argv: list[str]) -> tuple[tuple[str, ...], dict]:
-    """Positional arguments, always text, and flags, of the types in main's signature."""
-    parameters = inspect.signature(main).parameters
+def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
+    """Positional arguments, always text, and the flags given, of the types in main's signature.
+
+    main's docstring has the help: "flag: what it is", each in one line.
+    """
+    parser = argparse.ArgumentParser(
+        description=main.__doc__.partition("Args:")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    about = dict(re.findall(r"^ +(\w+): (.+)", main.__doc__, re.MULTILINE))
+    for name, p in inspect.signature(main).parameters.items():
+        kind = (typing.get_args(p.annotation) or (p.annotation,))[0]  # X of X | None
+        default = "" if p.default in (None, False, p.empty) else f" Default: {p.default}"
+        if p.kind is p.VAR_POSITIONAL:
+            options = {"dest": "args", "nargs": "*", "metavar": name.upper()}
+        elif kind is bool:
+            options = {"action": "store_true"}
+        else:
+            options = {
+                "type": functools.partial(convert, name, kind),
+                "metavar": {int: "N", float: "X", str: "TEXT"}[kind],
+                "required": p.default is p.empty,
+            }
+        names = [] if p.kind is p.VAR_POSITIONAL else [f"--{name}"]
+        parser.add_argument(*names, help=about[name] + default, **options)
     n_flags = argv.index("--") if "--" in argv else len(argv)
-    argv, after = argv[:n_flags], argv[n_flags + 1 :]
-    switches = [f"--{name}" for name, p in parameters.items() if p.annotation is bool]
-    argv = [f"{arg}=True" if arg in switches else arg for arg in argv]
-    found: list = []
-
-    @fire.decorators.SetParseFn(str)
-    @functools.wraps(main)
-    def collect(*args: str, **kwargs: str) -> None:
-        found[:] = args, kwargs
-
-    # Fire calls a function before it looks at what is left over, so main itself must wait.
-    fire.Fire(collect, command=argv, name=Path(sys.argv[0]).name)
-    args, kwargs = found
-    flags = {name: convert(name, s, parameters[name].annotation) for name, s in kwargs.items()}
-    return (*args, *after), flags
+    flags = vars(parser.parse_intermixed_args(argv[:n_flags]))
+    args = flags.pop("args", []) + argv[n_flags + 1 :]
+    return args, flags
 
 
-def convert(name: str, text: str, annotation: type) -> str | int | float | bool:
-    """A flag's value in the type that it is annotated with."""
-    kind = (typing.get_args(annotation) or (annotation,))[0]  # X of X | None
+def convert(name: str, kind: type, text: str) -> str | int | float:
+    """A flag's value in its type."""
     try:
-        return {"True": True, "False": False}[text] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        names = {int: "a whole number", float: "a number", bool: "True or False"}
-        raise UserError(f"--{name} takes {names[kind]}, not {text!r}") from None
+        return kind(text)
+    except ValueError:
+        takes = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--{name} takes {takes}, not {text!r}") from None
 
 
 def open_model(
@@ -73,11 +86,14 @@ def open_model(
     max_batch_size: int,
     dtype: str,
     quantize: str | None,
+    verbose: bool,
 ) -> LLaMA:
     """The model that a script's flags name, with dtype as PyTorch's default from here on.
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo that comes along.
     """
+    require(max_seq_len > 0, "max_seq_len", "1 token or more", max_seq_len)
+    require(max_batch_size > 0, "max_batch_size", "1 prompt or more", max_batch_size)
     torch.set_default_dtype(parse_dtype(dtype))
     check_quantize(quantize)
     folder = Path(ckpt_dir) if ckpt_dir else default_model()
@@ -88,7 +104,11 @@ def open_model(
         )
     own = folder / "tokenizer.model"
     tokenizer = tokenizer_path or (own if own.exists() else "tokenizer/tokenizer.model")
-    return load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
+    llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
+    if verbose:
+        for form, ways in llama.plan.items():
+            print(f"{form}: {ways}", file=sys.stderr)
+    return llama
 
 
 def parse_dtype(name: str) -> torch.dtype:
