@@ -116,7 +116,7 @@ def test_ctrl_c_stops_a_reply_and_at_the_prompt_leaves(talk):
 
 
 def test_a_context_that_overflows_a_line_too_long_and_a_reset(talk):
-    child = talk("--max_gen_len", 20, "--max_seq_len", 64, "--system", "Kind.")
+    child = talk("--max_gen_len", 20, "--max_seq_len", 96, "--system", "Kind.")
     used = []
     for line in [*["Tell me more"] * 10, "/reset", "Tell me more"]:
         child.sendline(line)
@@ -124,9 +124,9 @@ def test_a_context_that_overflows_a_line_too_long_and_a_reset(talk):
             child.expect(STATUS)
             used.append(int(child.match[1]))
         child.expect(PROMPT)
-    assert used[-1] < max(used) <= 64
+    assert used[-1] < max(used) <= 96
     child.sendline("long " * 60)
-    child.expect("tokens long and the context 64")
+    child.expect("tokens long and the context 96")
     child.expect(PROMPT)
     child.sendline("Tell me more")
     child.expect(STATUS)
