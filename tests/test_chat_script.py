@@ -125,7 +125,7 @@ def test_a_context_that_overflows_a_line_too_long_and_a_reset(talk):
             used.append(int(child.match[1]))
         child.expect(PROMPT)
     assert used[-1] < max(used) <= 96
-    child.sendline("long " * 60)
+    child.sendline("long " * 99)
     child.expect("tokens long and the context 96")
     child.expect(PROMPT)
     child.sendline("Tell me more")
