@@ -29,7 +29,7 @@ def main(
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
     max_seq_len: int = 512,
-    max_gen_len: int = 256,
+    max_gen_len: int = 512,
     dtype: str = "float32",
     quantize: str | None = None,
     seed: int | None = None,
