@@ -37,7 +37,7 @@ def main(
     if not foreign and not any(folder.glob("consolidated.*.pth")):
         raise UserError(
             f"{folder} has neither consolidated.*.pth nor a config.json: "
-            "name the folder that has the weights with --input_dir"
+            "name the folder that has the weights with --input_dir and --model_size"
         )
     write = convert_folder if foreign else merge
     target = write(folder, Path(output_dir), dtype and parse_dtype(dtype), quantize, overwrite)

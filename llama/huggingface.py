@@ -70,7 +70,7 @@ def to_params(config: dict, path: Path) -> dict:
     params["n_kv_heads"] = params["n_kv_heads"] or params["n_heads"]
     params["ffn_dim_multiplier"] = config["intermediate_size"] / int(2 / 3 * 4 * params["dim"])
     rope = config.get("rope_parameters") or config  # since transformers 5, and before
-    params["rope_theta"] = rope.get("rope_theta", 10000.0)
+    params["rope_theta"] = rope.get("rope_theta") or 10000.0
 
     served = {
         "model_type": ("llama", "mistral"),

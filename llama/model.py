@@ -62,7 +62,8 @@ class RMSNorm(nn.Module):
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
     """exp(i m theta^(-2j / head_dim)) for positions m < end: complex64 (end, head_dim / 2)."""
     exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), theta**-exponents)
+    positions = torch.arange(end, device="cpu", dtype=torch.float32)
+    angles = torch.outer(positions, 1 / theta**exponents)  # rounded as everyone rounds it
     return torch.polar(torch.ones_like(angles), angles)
 
 

@@ -10,9 +10,12 @@ from conftest import TOKENIZER, write_shards
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import llama
-from llama.huggingface import convert_folder, open_folder
+from llama.huggingface import convert_folder, open_folder, to_params
+from llama.linear import Int8Linear, tune
+from llama.model import precompute_freqs_cis
 
 GROUPED = {  # two query heads to each of eight kv heads, as many as Llama 2 70B's
     "dim": 128,
@@ -270,6 +273,32 @@ def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     expected = open_folder(folder)[1]
     (folder / "config.json").write_text(json.dumps(config))
     assert open_folder(folder)[1] == expected
+
+
+def test_any_intermediate_size_follows_from_params_json():
+    for dim in (8, 100, 2048, 3200, 4096, 8192):
+        for hidden_dim in (1, 7, 345, 5632, 8640, 11008, 14336, 28672):
+            config = SMALL | {"hidden_size": dim, "intermediate_size": hidden_dim}
+            config |= {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+            params = to_params(config | {"num_attention_heads": 4}, Path("config.json"))
+            assert llama.ModelArgs(**params).hidden_dim == hidden_dim
+
+
+def test_positions_up_to_16384_turn_as_in_transformers():
+    config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    cos, sin = LlamaRotaryEmbedding(config)(torch.ones(1), torch.arange(16384)[None])
+    ours = precompute_freqs_cis(16, 16384, 1e6)
+    torch.testing.assert_close(ours, torch.complex(cos, sin)[0, :, :8], atol=1e-6, rtol=0)
+
+
+def test_int8_multiplies_rows_of_any_length():
+    weight = torch.randn(16, 345, generator=torch.Generator().manual_seed(0))
+    module = Int8Linear(16, 345)
+    module.load_state_dict(Int8Linear.quantize(weight))
+    tune(module)
+    for n_tokens in (1, 5, 40):
+        x = torch.randn(n_tokens, 345, generator=torch.Generator().manual_seed(1))
+        assert relative_error(module(x), x @ weight.T) < 0.03
 
 
 def test_conversion_keeps_the_dtype_or_changes_it(tmp_path, out):
