@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Stored, Weight, read_index, read_json, write_merged
+from .checkpoint import BLOCK, Stored, Weight, read_index, read_json, write_merged
 from .errors import UserError
 from .model import ModelArgs, Transformer
 from .tokenizer import Tokenizer
@@ -56,9 +56,11 @@ class Halves(Weight):
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         (piece,) = self.pieces
-        for start in range(0, piece.shape[0], self.head_dim):
-            head = piece.rows(start, start + self.head_dim)
-            yield start, head.view(2, -1, piece.shape[1]).transpose(0, 1).flatten(0, 1)
+        n_rows, dim = piece.shape
+        step = self.head_dim * max(1, BLOCK // (self.head_dim * dim * self.dtype.itemsize))
+        for start in range(0, n_rows, step):  # whole heads at once
+            rows = piece.rows(start, min(start + step, n_rows))
+            yield start, rows.view(-1, 2, self.head_dim // 2, dim).transpose(1, 2).flatten(0, 2)
 
 
 def to_params(config: dict, path: Path) -> dict:
