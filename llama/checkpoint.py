@@ -290,6 +290,7 @@ def write_merged(
         raise UserError(f"{target} exists: move it away, or give --overwrite")
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
+    output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
     if free < total:
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")

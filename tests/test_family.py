@@ -391,6 +391,12 @@ def test_conversion_overwrites_nothing_unless_told(name, tmp_path, out):
     assert mine.read_bytes() != b"mine"
 
 
+def test_conversion_makes_the_folder_it_writes_to(tmp_path):
+    out = tmp_path / "new" / "out"
+    convert(write_folder(tmp_path / "in", FOLDERS["llama"]), out)
+    assert (out / "params.json").exists()
+
+
 def test_a_folder_can_be_converted_where_it_is(tmp_path):
     folder = write_folder(tmp_path, FOLDERS["llama"])
     convert(folder, folder)
