@@ -1,0 +1,156 @@
+"""Memory and speed of each dtype: `python tests/benchmark.py --size 1B`.
+
+Makes itself a checkpoint with random weights in the shapes of `size` (they are honest for memory and
+speed, and say nothing about text) in a temporary folder, and runs each dtype in a process of its
+own. Every figure but the load time is a median over rounds in which the dtypes take turns.
+"""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import llama
+from llama.checkpoint import read_index, reserve
+
+SIZES = {  # dim, heads, layers, shards; "1B" has 953M parameters
+    "1B": (2048, 16, 16, 1),
+    "7B": (4096, 32, 32, 1),
+    "13B": (5120, 40, 40, 2),
+    "30B": (6656, 52, 60, 4),
+    "65B": (8192, 64, 80, 8),
+}
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokenizer.model"
+
+
+def make_checkpoint(folder: Path, size: str) -> None:
+    """One merged.pth of random fp16 weights, streamed: a block of them, again and again."""
+    dim, n_heads, n_layers, _ = SIZES[size]
+    params = {"dim": dim, "n_heads": n_heads, "n_layers": n_layers, "multiple_of": 256}
+    params |= {"norm_eps": 1e-6, "vocab_size": 32000}
+    (folder / "params.json").write_text(json.dumps(params))
+    with torch.device("meta"):
+        state = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
+    path = folder / "merged.pth"
+    reserve(path, state)
+    block = bytearray(2**24)
+    torch.frombuffer(block, dtype=torch.half).normal_(std=0.02)
+    with path.open("r+b", buffering=0) as file:
+        for name, place in read_index(path).items():
+            n_bytes = state[name].nbytes
+            file.seek(place.offset)
+            for start in range(0, n_bytes, len(block)):
+                file.write(memoryview(block)[: n_bytes - start])
+
+
+def bandwidth() -> float:
+    """Bytes a second at which this process's threads read memory."""
+    x = torch.ones(2**28, dtype=torch.float32)
+    x.sum()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        x.sum()
+        seconds.append(time.perf_counter() - begin)
+    return x.nbytes / min(seconds)
+
+
+def serve(folder: str, dtype: str, prompt: int, new: int) -> None:
+    """Load, say so, then measure once for each line of stdin: the child process of a dtype."""
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    quantize = dtype if dtype.startswith("int") else None
+    begin = time.perf_counter()
+    model = llama.load(folder, TOKENIZER, prompt + new, 1, quantize)
+    seconds = time.perf_counter() - begin
+    n_bytes = sum(tensor.nbytes for tensor in model.model.state_dict().values())
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    print(json.dumps([n_bytes, int(peak) * 1024, seconds, model.plan]), flush=True)
+    tokens = torch.randint(3, 32000, (1, prompt))
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        model.model(tokens, 0)
+        prefill = time.perf_counter() - begin
+        begin = time.perf_counter()
+        for position in range(prompt, prompt + new):
+            model.model(tokens[:, :1], position)
+        print(json.dumps([prefill, time.perf_counter() - begin]), flush=True)
+
+
+def main(
+    size: str = "1B",
+    dtypes: str = ",".join(DTYPES),
+    prompt: int = 128,
+    new: int = 64,
+    rounds: int = 3,
+    folder: str | None = None,
+) -> None:
+    """Print a table of memory and speed.
+
+    Args:
+        size: 1B (953M parameters), 7B, 13B, 30B or 65B.
+        dtypes: Which of float32,bfloat16,int8,int4; each waits in memory for its turn.
+        prompt: Tokens of the prompt.
+        new: Tokens generated.
+        rounds: How often each is measured.
+        folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one.
+    """
+    where = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
+    try:
+        where.mkdir(exist_ok=True)
+        if not (where / "merged.pth").exists():
+            make_checkpoint(where, size)
+        measure(where, dtypes.split(","), prompt, new, rounds)
+    finally:
+        if not folder:
+            shutil.rmtree(where)
+
+
+def measure(folder: Path, dtypes: list[str], prompt: int, new: int, rounds: int) -> None:
+    children, loaded, times = {}, {}, {dtype: [] for dtype in dtypes}
+    for dtype in dtypes:
+        command = [sys.executable, __file__, "serve", str(folder), dtype, str(prompt), str(new)]
+        children[dtype] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        loaded[dtype] = json.loads(children[dtype].stdout.readline())
+    for _ in range(rounds):
+        for dtype, child in children.items():
+            print(file=child.stdin, flush=True)
+            times[dtype].append(json.loads(child.stdout.readline()))
+    for child in children.values():
+        child.communicate()
+
+    read = bandwidth()
+    print(f"{torch.get_num_threads()} threads read memory at {read / 1e9:.1f} GB/s")
+    print("| dtype | weights | peak | load | prefill | decode | of bandwidth |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in dtypes:
+        n_bytes, peak, seconds, plan = loaded[dtype]
+        prefill, decode = (statistics.median(column) for column in zip(*times[dtype]))
+        rate = new / decode
+        print(
+            f"| {dtype} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.1f} s "
+            f"| {prompt / prefill:.1f} tokens/s | {rate:.1f} tokens/s "
+            f"| {rate * n_bytes / read:.0%} |"
+        )
+    for dtype in dtypes:
+        for form, ways in loaded[dtype][3].items():
+            print(f"{dtype}, {form}: {ways}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        fire.Fire(main)
