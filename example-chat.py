@@ -44,13 +44,13 @@ def main(
         tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
-        top_k: Draw from this many most probable tokens at most. Default: off
+        top_k: Draw from this many most probable tokens at most.
         repetition_penalty: Above 1, tokens that are there already become less probable.
         max_seq_len: Context, in tokens: when it is full, the oldest turns are forgotten.
         max_gen_len: Longest reply, in tokens.
         dtype: float32, or bfloat16 for half the memory.
-        quantize: int8 or int4, for a quarter or a seventh of the memory. Default: off
-        seed: Any whole number: the same seed draws the same tokens. Default: none
+        quantize: int8 or int4, for a quarter or a seventh of the memory.
+        seed: Any whole number: the same seed draws the same tokens.
         verbose: Say how the model lies in memory and is computed.
     """
     require(style in STYLES, "style", ", ".join(STYLES), style)

@@ -23,11 +23,11 @@ def main(
     Hugging Face's, and params.json and tokenizer.model are written too.
 
     Args:
-        model_size: 7B, 13B, 30B, 34B, 65B or 70B. Default: none
+        model_size: 7B, 13B, 30B, 34B, 65B or 70B.
         input_dir: The folder that holds a folder of that name, or the weights.
         output_dir: Where merged.pth goes.
         dtype: float32 or bfloat16, to convert. Default: as the shards are
-        quantize: int8 or int4, so that loading reads a half or a quarter as much. Default: off
+        quantize: int8 or int4, so that loading reads a half or a quarter as much.
         overwrite: Replace what is there already.
     """
     require(model_size in (None, *SHARDS), "model_size", ", ".join(SHARDS), model_size)

@@ -1,15 +1,15 @@
 """What the three scripts share: flags, the model they name, errors and exit codes."""
 
-import argparse
 import functools
 import inspect
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import fire
 import torch
 
 from .checkpoint import find_files, load
@@ -39,43 +39,48 @@ def run(main: Callable[..., None]) -> None:
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
-    """Positional arguments, always text, and the flags given, of the types in main's signature.
-
-    main's docstring has the help: "flag: what it is", each in one line.
-    """
-    parser = argparse.ArgumentParser(
-        description=main.__doc__.partition("Args:")[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    about = dict(re.findall(r"^ +(\w+): (.+)", main.__doc__, re.MULTILINE))
-    for name, p in inspect.signature(main).parameters.items():
-        kind = (typing.get_args(p.annotation) or (p.annotation,))[0]  # X of X | None
-        default = "" if p.default in (None, False, p.empty) else f" Default: {p.default}"
-        if p.kind is p.VAR_POSITIONAL:
-            options = {"dest": "args", "nargs": "*", "metavar": name.upper()}
-        elif kind is bool:
-            options = {"action": "store_true"}
-        else:
-            options = {
-                "type": functools.partial(convert, name, kind),
-                "metavar": {int: "N", float: "X", str: "TEXT"}[kind],
-                "required": p.default is p.empty,
-            }
-        names = [] if p.kind is p.VAR_POSITIONAL else [f"--{name}"]
-        parser.add_argument(*names, help=about[name] + default, **options)
+    """Positional arguments, always text, and the flags given, of the types in main's signature."""
     n_flags = argv.index("--") if "--" in argv else len(argv)
-    flags = vars(parser.parse_intermixed_args(argv[:n_flags]))
-    args = flags.pop("args", []) + argv[n_flags + 1 :]
-    return args, flags
+    parameters = inspect.signature(main).parameters
+    command = [quoted(arg, parameters) for arg in argv[:n_flags]]
+    name = Path(sys.argv[0]).name
+    for arg in command:
+        flag = arg.partition("=")[0]
+        if flag.startswith("-") and flag.lstrip("-") not in {*parameters, "help", "h"}:
+            usage = fire.helptext.UsageText(main, fire.trace.FireTrace(main, name))
+            print(f"no such flag: {flag}\n{usage}", file=sys.stderr)
+            sys.exit(2)
+    found: list = []
+
+    @functools.wraps(main)
+    def collect(*args: str, **flags: str) -> None:
+        found[:] = args, flags
+
+    fire.Fire(collect, command, name)
+    args, flags = found
+    values = {name: convert(name, parameters[name], text) for name, text in flags.items()}
+    return [*args, *argv[n_flags + 1 :]], values
 
 
-def convert(name: str, kind: type, text: str) -> str | int | float:
-    """A flag's value in its type."""
+def quoted(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """An argument such that Fire, which reads Python literals, passes its text on as it is."""
+    if not re.match("--|-[a-zA-Z]", arg):
+        return repr(arg)
+    flag, equals, text = arg.partition("=")
+    parameter = parameters.get(flag.lstrip("-"))
+    if parameter and parameter.annotation is bool and not equals:
+        return f"{flag}='True'"  # or else Fire takes what follows for its value
+    return f"{flag}={text!r}" if equals else flag
+
+
+def convert(name: str, parameter: inspect.Parameter, text: str) -> str | int | float | bool:
+    """A flag's value in the type that it is annotated with."""
+    kind = (typing.get_args(parameter.annotation) or (parameter.annotation,))[0]  # X of X | None
+    text = str(text)  # True, where a flag has no value
     try:
-        return kind(text)
-    except ValueError:
-        takes = {int: "a whole number", float: "a number"}[kind]
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        takes = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise UserError(f"--{name} takes {takes}, not {text!r}") from None
 
 

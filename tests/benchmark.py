@@ -136,7 +136,7 @@ def measure(folder: Path, dtypes: list[str], prompt: int, new: int, rounds: int)
     print("| dtype | weights | peak | load | prefill | decode | of bandwidth |")
     print("|---|---|---|---|---|---|---|")
     for dtype in dtypes:
-        n_bytes, peak, seconds, plan = loaded[dtype]
+        n_bytes, peak, seconds, _ = loaded[dtype]
         prefill, decode = (statistics.median(column) for column in zip(*times[dtype]))
         rate = new / decode
         print(
