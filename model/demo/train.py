@@ -144,7 +144,7 @@ def init_weights(model: Transformer) -> None:
         if weight.dim() == 2:
             into_residual = name.endswith(("wo.weight", "w2.weight"))
             std = 0.02 / math.sqrt(2 * model.args.n_layers) if into_residual else 0.02
-        (weight, std=std)
+            nn.init.normal_(weight, std=std)
 
 
 class Muon(torch.optim.Optimizer):
