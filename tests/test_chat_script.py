@@ -171,7 +171,7 @@ def test_stdout_stays_clean_where_only_stdout_is_piped(flags, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--styl", "dialog"], 2, "unrecognized arguments: --styl"),
+        (["--styl", "dialog"], 2, "no such flag: --styl"),
         (["--style", "polite"], 1, "error: --style takes dialog, complete, llama2"),
     ],
 )
