@@ -9,6 +9,7 @@ from llama.chat import STYLES, Chat
 from llama.cli import open_model, run
 from llama.errors import UserError, require
 from llama.generation import Sampling
+from llama.parallel import from_first, place
 
 HELP = """\
 /reset   begin a new conversation
@@ -57,7 +58,8 @@ def main(
     sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
     llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize, verbose)
     chat = Chat(llama, STYLES[style], system, sampling)
-    for line in read_lines():
+    lines = read_lines()
+    while (line := from_first(next, lines, None)) is not None:
         if line == "/exit":
             return
         if line == "/reset":
@@ -101,7 +103,7 @@ def answer(chat: Chat, line: str) -> None:
         notice(str(error))
         return
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        if not sys.stdin.isatty() or place()[1] > 1:  # torchrun stops as a whole
             raise
     print(flush=True)
     notice(chat.status())

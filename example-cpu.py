@@ -2,12 +2,14 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from llama.cli import open_model, peak_memory, run
 from llama.errors import UserError
 from llama.generation import Sampling
+from llama.parallel import from_first
 
 
 def main(
@@ -47,10 +49,7 @@ def main(
         verbose: Say how the model lies in memory and is computed.
     """
     sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    if prompt_file is not None:
-        texts.append(read_prompt(Path(prompt_file)))
-    texts = texts or ["I believe the meaning of life is"]
+    texts = from_first(read_prompts, prompts, prompt_file)
 
     begin = time.perf_counter()
     llama = open_model(
@@ -67,6 +66,13 @@ def main(
             print(piece, end="", flush=True)
         print(f"\n\n{'=' * 34}\n", flush=True)
     print(f"loaded in {load_seconds:.1f} s, {llama.timings}, {peak_memory()}", file=sys.stderr)
+
+
+def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    if prompt_file is not None:
+        texts.append(read_prompt(Path(prompt_file)))
+    return texts or ["I believe the meaning of life is"]
 
 
 def read_prompt(path: Path) -> str:

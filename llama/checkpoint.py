@@ -24,6 +24,7 @@ from .errors import UserError
 from .generation import LLaMA
 from .linear import tune
 from .model import ModelArgs, Transformer
+from .parallel import connect, place
 from .quantize import GAIN, WRITERS, form_of, quantize_reader, quantize_writer, use_forms
 from .tokenizer import Tokenizer
 
@@ -50,20 +51,31 @@ class Stored(NamedTuple):
     offset: int
     shape: torch.Size
     dtype: torch.dtype
+    stride: int | None = None  # bytes from row to row, where there is something between them
 
     def rows(self, start: int, end: int) -> Tensor:
         """Rows start to end, read from the file."""
         n_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        stride = self.stride or n_bytes
+        n_rows = 1 if stride > n_bytes else end - start  # that a read takes
         buffer = bytearray((end - start) * n_bytes)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + start * n_bytes)
-            view = memoryview(buffer)
-            while view:
-                n_read = file.readinto(view)
-                if not n_read:
-                    raise UserError(f"{self.path} ends too early: copy or download it again")
-                view = view[n_read:]
+            for row in range(0, end - start, n_rows):
+                file.seek(self.offset + (start + row) * stride)
+                view = memoryview(buffer)[row * n_bytes :][: n_rows * n_bytes]
+                while view:
+                    n_read = file.readinto(view)
+                    if not n_read:
+                        raise UserError(f"{self.path} ends too early: copy or download it again")
+                    view = view[n_read:]
         return torch.frombuffer(buffer, dtype=self.dtype).view(end - start, *self.shape[1:])
+
+    def narrow(self, dim: int, start: int, end: int) -> "Stored":
+        """What of it is from start to end on dim 0 or 1."""
+        stride = self.stride or prod(self.shape[1:]) * self.dtype.itemsize
+        step = prod(self.shape[2:]) * self.dtype.itemsize if dim == 1 else stride
+        shape = torch.Size([*self.shape[:dim], end - start, *self.shape[dim + 1 :]])
+        return Stored(self.path, self.offset + start * step, shape, self.dtype, stride)
 
 
 @dataclass
@@ -86,6 +98,18 @@ class Weight:
     @property
     def n_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+    def part(self, rank: int, world: int) -> "Weight":
+        """The rank's share, out of the pieces where it lies."""
+        size = self.shape[self.dim] // world
+        start, end = rank * size, (rank + 1) * size
+        pieces = []
+        for piece in self.pieces:
+            length = piece.shape[self.dim]
+            if start < length and end > 0:
+                pieces.append(piece.narrow(self.dim, max(start, 0), min(end, length)))
+            start, end = start - length, end - length
+        return Weight(pieces, self.dim)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The whole weight as blocks of rows, each with the number of its first row."""
@@ -181,6 +205,16 @@ def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: 
     return ModelArgs(**params | {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
 
 
+def share(name: str, weight: Weight, rank: int, world: int) -> Weight:
+    """What a rank has of a weight: an equal part, or all of it where Meta's shards have all."""
+    dim = SPLIT_DIM.get(name.split(".")[-2])
+    if dim is None or dim >= len(weight.shape):
+        return weight
+    if weight.shape[dim] % world:
+        raise UserError(f"{world} ranks cannot share {name} of shape {tuple(weight.shape)} alike")
+    return weight.part(rank, world)
+
+
 def layout(
     weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
 ) -> dict[str, Tensor]:
@@ -196,13 +230,18 @@ def layout(
 
 
 def convert(
-    weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
+    weights: dict[str, Weight],
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors in their final form, one after another, in little memory.
+    """The model's tensors, or a rank's share, in their final form, one by one in little memory.
 
     dtype: of what is not quantized; None leaves it as it is in the file.
     """
-    for name, weight in weights.items():
+    for name, whole in weights.items():
+        weight = share(name, whole, rank, world)
         form = quantize and form_of(name, weight.shape, quantize)
         if form:
             kind = name.split(".")[-2]
@@ -215,7 +254,10 @@ def convert(
                     else None
                 )
                 gain = weights[norm].read(torch.float32) if norm else None
-                buffers = quantize_reader((block for _, block in weight.blocks()), gain, form)
+                rows = whole if kind == "tok_embeddings" else weight  # R turns whole rows
+                buffers = quantize_reader((block for _, block in rows.blocks()), gain, form)
+                if rows is whole:
+                    buffers["weight"] = buffers["weight"].chunk(world, 1)[rank].contiguous()
             for key, buffer in buffers.items():
                 yield name.removesuffix("weight") + key, buffer
         elif quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
@@ -248,20 +290,27 @@ def load(
     for name in UNUSED & weights.keys():
         del weights[name]
     dtype = torch.get_default_dtype()
-    state = layout(weights, dtype, quantize)
+    rank, world = place()
+    if args.n_heads % world or args.n_kv_heads % world:
+        heads = f"{args.n_heads} heads, {args.n_kv_heads} of keys and values"
+        raise UserError(f"{world} ranks cannot share {heads}: start a number that divides both")
+    shares = {name: share(name, weight, rank, world) for name, weight in weights.items()}
+    state = layout(shares, dtype, quantize)
     with torch.device("meta"):
         model = Transformer(args)
         use_forms(model, state)
 
     total = sum(tensor.nbytes for tensor in state.values())
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name, tensor in convert(weights, dtype, quantize):
+        for name, tensor in convert(weights, dtype, quantize, rank, world):
             path, _, key = name.rpartition(".")
             module = model.get_submodule(path)
             if key in dict(module.named_parameters(recurse=False)):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
             bar.update(tensor.nbytes)
+    if world > 1:
+        connect(model)
     return LLaMA(model.eval(), tokenizer, tune(model))
 
 

@@ -15,6 +15,7 @@ import torch
 from .checkpoint import find_files, load
 from .errors import UserError, require
 from .generation import LLaMA
+from .parallel import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +30,9 @@ def run(main: Callable[..., None]) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     argv = [os.fsencode(arg).decode("utf-8", "replace") for arg in sys.argv[1:]]
     try:
-        args, kwargs = parse(main, argv)
-        main(*args, **kwargs)
+        with joined():
+            args, kwargs = parse(main, argv)
+            main(*args, **kwargs)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

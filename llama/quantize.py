@@ -45,14 +45,17 @@ def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give each matrix of a model on the meta device the form that the state's tensors are for."""
     for path, module in list(model.named_modules()):
         kind = path.rpartition(".")[2]
+        if kind not in READERS | WRITERS:
+            continue
+        weight = state[f"{path}.weight"]
         if kind == "tok_embeddings" and f"{path}.scales" in state:
-            new = Int8Embedding(*module.weight.shape)
+            new = Int8Embedding(*weight.shape)
         elif f"{path}.groups" in state:
-            new = Int4Linear(*module.weight.shape)
+            new = Int4Linear(weight.shape[0], weight.shape[1] * 2)
         elif f"{path}.scales" in state:
-            new = Int8Linear(*module.weight.shape)
-        elif isinstance(module, nn.Linear) and state[f"{path}.weight"].dtype == torch.bfloat16:
-            new = BF16Linear(*module.weight.shape)
+            new = Int8Linear(*weight.shape)
+        elif isinstance(module, nn.Linear) and weight.dtype == torch.bfloat16:
+            new = BF16Linear(*weight.shape)
         else:
             continue
         new.precise = kind == "w2"  # its input is not the residual stream: R does not reach it
