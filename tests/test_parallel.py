@@ -7,47 +7,49 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TOKENIZER, write_shards
 
+import llama
+from llama.chat import STYLES, Chat
 from llama.checkpoint import merge
+from llama.generation import Sampling
+from llama.parallel import joined, place
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
 TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
-WORKER = """
-import sys, torch, llama
-from llama.parallel import joined, place
+SHOT = {"max_gen_len": 8, "temperature": 0}
+FLAGS = [f"--{name}={value}" for name, value in SHOT.items()]
 
-torch.set_grad_enabled(False)
-_, tokenizer, inputs, results = sys.argv
-prompts, tokens, cases = torch.load(inputs)
-found = {}
-with joined():
+
+def run_cases(cases: dict[str, tuple[str, str, str | None]]) -> dict:
+    """What this process, one rank or alone, makes of each (folder, dtype, quantize)."""
+    found = {}
     for name, (folder, dtype, quantize) in cases.items():
         torch.set_default_dtype(getattr(torch, dtype))
         try:
-            run = llama.load(folder, tokenizer, quantize=quantize)
+            run = llama.load(folder, TOKENIZER, quantize=quantize)
         except llama.UserError as error:
             found[name] = str(error)
             continue
-        state = run.model.state_dict(keep_vars=True).values()
+        finally:
+            torch.set_default_dtype(torch.float32)
         found[name] = {
-            "texts": run.generate(prompts, 20, temperature=0),
-            "logits": run.model(tokens, 0),
-            "bytes": sum(tensor.nbytes for tensor in state),
-            "drawn": run.generate(prompts, 20, temperature=1),
+            "texts": run.generate(PROMPTS, 20, temperature=0),
+            "logits": run.model(TOKENS, 0),
+            "bytes": sum(tensor.nbytes for tensor in run.model.state_dict().values()),
+            "drawn": run.generate(PROMPTS, 20, temperature=1),
         }
-    torch.save(found, f"{results}.{place()[0]}")
-"""
+    return found
 
 
-def python(*args: object) -> subprocess.Popen:
+def python(*args: object, within: Sequence[str] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *map(str, args)],
+        [*within, sys.executable, *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -88,25 +90,20 @@ def cases(folders) -> dict[str, tuple[str, str, str | None]]:
     return {name: (str(folders[of]), *rest) for name, (of, *rest) in (plain | formed).items()}
 
 
-def run_worker(n_ranks: int, cases: dict, folder: Path) -> list[dict]:
-    """What each rank found, case by case."""
-    (folder / "worker.py").write_text(WORKER)
-    torch.save((PROMPTS, TOKENS, cases), folder / "inputs")
-    args = [folder / "worker.py", TOKENIZER, folder / "inputs", folder / "results"]
-    process = torchrun(n_ranks, *args) if n_ranks > 1 else python(*args)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return [torch.load(folder / f"results.{rank}") for rank in range(n_ranks)]
-
-
 @pytest.fixture(scope="module")
-def alone(cases, tmp_path_factory) -> dict:
-    return run_worker(1, cases, tmp_path_factory.mktemp("alone"))[0]
+def alone(cases) -> dict:
+    return run_cases(cases)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, cases, tmp_path_factory) -> list[dict]:
-    return run_worker(request.param, cases, tmp_path_factory.mktemp("ranks"))
+    """What each of 2 and of 4 ranks found, case by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(cases, folder / "cases")
+    process = torchrun(request.param, Path(__file__), folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return [torch.load(folder / f"found.{rank}") for rank in range(request.param)]
 
 
 def test_greedy_text_is_that_of_one_process_from_any_files(ranks, alone):
@@ -154,12 +151,20 @@ def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
     return pids
 
 
-def test_one_shot_prints_what_one_process_prints(folders, run_script):
-    args = ["-", "Once", "--ckpt_dir", folders["2 shards"], "--tokenizer_path", TOKENIZER]
-    args += ["--temperature", "0", "--max_gen_len", "8"]
-    process = torchrun(2, ROOT / "example-cpu.py", *args)
-    printed, errors = process.communicate("Hello", timeout=300)
-    assert printed.encode() == run_script("example-cpu.py", *args, input=b"Hello").stdout, errors
+@pytest.fixture(scope="module")
+def shot(folders) -> tuple[list, str]:
+    """Arguments of example-cpu.py, and what it prints for PROMPTS when it is one process."""
+    folder = folders["2 shards"]
+    texts = llama.load(folder, TOKENIZER).generate(PROMPTS, **SHOT)
+    args = ["--ckpt_dir", folder, "--tokenizer_path", TOKENIZER, *FLAGS]
+    return [*PROMPTS, *args], "".join(f"{text}\n\n{'=' * 34}\n\n" for text in texts)
+
+
+def test_one_rank_reads_and_prints(shot):
+    args, expected = shot
+    process = torchrun(2, ROOT / "example-cpu.py", "-", *args[1:])
+    printed, errors = process.communicate(PROMPTS[0], timeout=300)
+    assert printed == expected, errors
     assert errors.count("loaded in") == 1
 
 
@@ -174,17 +179,16 @@ def test_unequal_shares_are_refused_in_one_line(folders):
     assert lines == [f"error: {reason}: start a number that divides both"]
 
 
-def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(folders, run_script):
-    args = ["--ckpt_dir", folders["2 shards"], "--tokenizer_path", TOKENIZER]
-    args += ["--temperature", "0", "--max_gen_len", "8"]
-    lines = ["Hi", "And you?", "/reset", "Hi"]
-    text = "\n".join(lines) + "\n"
-    expected = run_script("example-chat.py", *args, input=text.encode()).stdout.decode()
+def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(folders):
+    folder = folders["2 shards"]
+    chat = Chat(llama.load(folder, TOKENIZER), STYLES["complete"], None, Sampling(**SHOT))
+    expected = ["".join(chat.reply(line)) for line in ("Hi", "And you?", "Hi")]
+    args = ["--ckpt_dir", folder, "--tokenizer_path", TOKENIZER, "--style", "complete", *FLAGS]
     process = torchrun(2, ROOT / "example-chat.py", *args)
-    process.stdin.write(text)
+    process.stdin.write("Hi\nAnd you?\n/reset\nHi\n")
     process.stdin.flush()
-    printed = "".join(process.stdout.readline() for _ in expected.splitlines())
-    assert printed == expected
+    n_lines = "\n".join(expected).count("\n") + 1
+    assert "".join(process.stdout.readline() for _ in range(n_lines)) == "\n".join(expected) + "\n"
 
     begin = time.monotonic()
     os.kill(rank_pids(process)[1], signal.SIGKILL)  # the first rank waits for a line
@@ -216,21 +220,23 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-def test_two_hosts_run_one_model(hosts, folders, run_script):
-    args = ["Once", "--ckpt_dir", folders["2 shards"], "--tokenizer_path", TOKENIZER]
-    args += ["--temperature", "0", "--max_gen_len", "8"]
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"]
-    launcher += ["--rdzv_endpoint=10.231.0.1:29400", ROOT / "example-cpu.py", *args]
-    processes = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", host, sys.executable, *map(str, launcher)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"},
+def test_two_hosts_run_one_model(hosts, shot):
+    args, expected = shot
+    launcher = "-m torch.distributed.run --nnodes=2 --rdzv_backend=c10d"
+    processes = []
+    for i, host in enumerate(hosts):  # whose names do not resolve, so that each is told its own
+        place = f"--rdzv_endpoint=10.231.0.1:29400 --rdzv_conf=is_host={1 - i}"
+        command = [*launcher.split(), *place.split(), f"--local_addr=10.231.0.{i + 1}"]
+        command += [ROOT / "example-cpu.py", *args]
+        processes.append(
+            python(*command, within=f"ip netns exec {host} env GLOO_SOCKET_IFNAME=cable".split())
         )
-        for host in hosts
-    ]
-    ends = [process.communicate(timeout=300) for process in processes]
+    ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
-    expected = run_script("example-cpu.py", *args).stdout
-    assert sorted(printed for printed, _ in ends) == [b"", expected]
+    assert sorted(printed for printed, _ in ends) == ["", expected]
+
+
+if __name__ == "__main__":  # one rank of the fixture `ranks`
+    with joined():
+        folder = Path(sys.argv[1])
+        torch.save(run_cases(torch.load(folder / "cases")), folder / f"found.{place()[0]}")
