@@ -41,7 +41,7 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
 }
 UNUSED = {"rope.freqs"}  # in every shard, the same, and computed anew by the model
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "34B": 4, "65B": 8, "70B": 8}
-BLOCK = 2**24  # bytes read at once: large enough for the disk, small beside any model
+BLOCK = 2**22  # bytes read at once: much for the disk, little for the caches
 
 
 class Stored(NamedTuple):

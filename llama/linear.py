@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
-N_TOKENS = (1, 4, 32)  # how many at once the ways are timed for
+N_TOKENS = (1, 4, 16, 64)  # how many at once the ways are timed for
+TRIAL_ROWS = 1024  # of the matrix that they are timed on
 
 
 class Form(nn.Module):
@@ -73,6 +74,10 @@ class BF16Linear(Form):
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in row_blocks(*self.weight.shape):
             yield rows, self.weight[rows]
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.bfloat16()}
 
     def plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -182,11 +187,14 @@ class Int4Linear(Int8Linear):
     def prepare(self) -> None:
         step, low = self.groups.float().unbind(2)
         both = torch.stack([step, low + 8 * step], 2) * self.scales[:, None, None]
-        self.scales_and_zeros = both.transpose(0, 1).to(torch.bfloat16).contiguous()
+        both = both.transpose(0, 1).to(torch.bfloat16).contiguous()
+        self.register_buffer("scales_and_zeros", both)
         del self.groups
         interleaved = int4_layout()
         self.interleaved = interleaved if self.out_features % (interleaved or 1) == 0 else None
-        if self.interleaved:
+        if not self.interleaved:
+            self.ways = ("int_mm", "unpack")
+        else:
             for rows in row_blocks(self.out_features, self.in_features):
                 plain = self.weight[rows]
                 q = torch.stack([plain & 15, plain >> 4], 2).flatten(1).int()
@@ -267,20 +275,30 @@ class Int8Embedding(nn.Module):
 
 def tune(model: nn.Module) -> dict[str, str]:
     """Choose how each form in the model is multiplied; say what was chosen."""
-    groups: dict[tuple[type, bool], list[Form]] = {}
+    kinds: dict[tuple, list[Form]] = {}
     for module in model.modules():
         if isinstance(module, Form):
             module.prepare()
-            groups.setdefault((type(module), module.precise), []).append(module)
+            kinds.setdefault((type(module), module.ways, module.precise), []).append(module)
     chosen = {}
-    for (kind, precise), modules in groups.items():
-        largest = max(modules, key=lambda module: module.weight.numel())
-        plan = tuple((n_tokens, fastest(largest, n_tokens)) for n_tokens in N_TOKENS)
+    for modules in kinds.values():
+        widest = max(modules, key=lambda module: module.in_features)
+        plan = choose(widest)
         for module in modules:
             module.plan = plan
-        name = kind.__name__ + (" (w2)" if precise else "")
+        name = type(widest).__name__ + (" (w2)" if widest.precise else "")
         chosen[name] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
     return chosen
+
+
+def choose(module: Form) -> tuple[tuple[int, str], ...]:
+    """The fastest way for each of N_TOKENS, tried on a few rows of this form and width."""
+    trial = type(module)(TRIAL_ROWS, module.in_features)
+    for name, buffer in module.quantize(torch.randn(TRIAL_ROWS, module.in_features)).items():
+        setattr(trial, name, buffer)
+    trial.ways, trial.precise = module.ways, module.precise
+    trial.prepare()
+    return tuple((n_tokens, fastest(trial, n_tokens)) for n_tokens in N_TOKENS)
 
 
 def fastest(module: Form, n_tokens: int) -> str:

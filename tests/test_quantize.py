@@ -21,11 +21,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def made(form: type, weight: torch.Tensor) -> linear.Form:
     """A module of this form that holds the matrix."""
     module = form(*weight.shape)
-    if form is BF16Linear:
-        module.weight = weight.bfloat16()
-    else:
-        for name, buffer in form.quantize(weight).items():
-            setattr(module, name, buffer)
+    for name, buffer in form.quantize(weight).items():
+        setattr(module, name, buffer)
     module.prepare()
     return module
 
