@@ -25,7 +25,7 @@ from .generation import LLaMA
 from .linear import tune
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
-from .quantize import GAIN, WRITERS, form_of, quantize_reader, quantize_writer, use_forms
+from .quantize import form_of, norm_before, turned, use_forms
 from .tokenizer import Tokenizer
 
 SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
@@ -128,11 +128,13 @@ class Weight:
         for start in range(0, n_rows, step):
             yield start, min(start + step, n_rows)
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.shape, dtype=dtype)
+    def copy_to(self, out: Tensor) -> Tensor:
         for start, block in self.blocks():
             out[start : start + len(block)] = block
         return out
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self.copy_to(torch.empty(self.shape, dtype=dtype))
 
 
 def read_index(path: Path) -> dict[str, Stored]:
@@ -218,7 +220,7 @@ def share(name: str, weight: Weight, rank: int, world: int) -> Weight:
 def layout(
     weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
 ) -> dict[str, Tensor]:
-    """What `convert` will make: names, shapes and types, on the meta device."""
+    """What `fill` will make of the weights: names, shapes and types, on the meta device."""
     state = {}
     with torch.device("meta"):
         for name, weight in weights.items():
@@ -229,50 +231,41 @@ def layout(
     return state
 
 
-def convert(
+def allocate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+
+
+def fill(
+    state: dict[str, Tensor],
+    name: str,
     weights: dict[str, Weight],
-    dtype: torch.dtype | None,
     quantize: str | None,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, or a rank's share, in their final form, one by one in little memory.
-
-    dtype: of what is not quantized; None leaves it as it is in the file.
-    """
-    for name, whole in weights.items():
-        weight = share(name, whole, rank, world)
-        form = quantize and form_of(name, weight.shape, quantize)
-        if form:
-            kind = name.split(".")[-2]
-            if kind in WRITERS:
-                buffers = quantize_writer(weight.read(torch.float32), form)
-            else:
-                norm = (
-                    ".".join([*name.split(".")[:-3], GAIN[kind], "weight"])
-                    if kind in GAIN
-                    else None
-                )
-                gain = weights[norm].read(torch.float32) if norm else None
-                rows = whole if kind == "tok_embeddings" else weight  # R turns whole rows
-                buffers = quantize_reader((block for _, block in rows.blocks()), gain, form)
-                if rows is whole:
-                    buffers["weight"] = buffers["weight"].chunk(world, 1)[rank].contiguous()
-            for key, buffer in buffers.items():
-                yield name.removesuffix("weight") + key, buffer
-        elif quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
-            yield name, torch.ones(weight.shape, dtype=final_dtype(name, weight, dtype))
-        else:
-            yield name, weight.read(final_dtype(name, weight, dtype))
+) -> None:
+    """Read a weight, or a rank's share of it, into those tensors of the state that hold it."""
+    weight = share(name, weights[name], rank, world)
+    form = quantize and form_of(name, weight.shape, quantize)
+    if quantize and not form:  # a norm, whose gain is in the matrices that follow
+        state[name].fill_(1)
+    elif not form:
+        weight.copy_to(state[name])
+    else:
+        whole_rows = name.startswith("tok_embeddings")  # which R turns, before they are divided
+        source = weights[name] if whole_rows else weight
+        norm = norm_before(name)
+        gain = weights[norm].read(torch.float32) if norm else None
+        for start, block in turned(name, source, gain):
+            for key, part in form.quantize(block).items():
+                if whole_rows and part.dim() == 2:
+                    part = part.chunk(world, 1)[rank]
+                state[name.removesuffix("weight") + key][start : start + len(part)] = part
 
 
 def final_dtype(name: str, weight: Weight, dtype: torch.dtype | None) -> torch.dtype:
     """dtype for floating-point weights; what quantized ones consist of stays as it is."""
-    return (
-        dtype
-        if dtype and name.endswith(".weight") and weight.dtype.is_floating_point
-        else weight.dtype
-    )
+    converts = dtype and name.endswith(".weight") and weight.dtype.is_floating_point
+    return dtype if converts else weight.dtype
 
 
 def load(
@@ -300,15 +293,19 @@ def load(
         model = Transformer(args)
         use_forms(model, state)
 
-    total = sum(tensor.nbytes for tensor in state.values())
+    # All at once: what is allocated among a load's many short-lived blocks would leave holes.
+    state = allocate(state)
+    for name, tensor in state.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key in dict(module.named_parameters(recurse=False)):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, key, tensor)
+    total = sum(weight.n_bytes for weight in shares.values())
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name, tensor in convert(weights, dtype, quantize, rank, world):
-            path, _, key = name.rpartition(".")
-            module = model.get_submodule(path)
-            if key in dict(module.named_parameters(recurse=False)):
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            setattr(module, key, tensor)
-            bar.update(tensor.nbytes)
+        for name, weight in shares.items():
+            fill(state, name, weights, quantize, rank, world)
+            bar.update(weight.n_bytes)
     if world > 1:
         connect(model)
     return LLaMA(model.eval(), tokenizer, tune(model))
@@ -352,13 +349,16 @@ def write_merged(
             partial.open("r+b", buffering=0) as file,
             tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            for name, tensor in convert(weights, dtype, quantize):
-                file.seek(places[name].offset)
-                for block in tensor.flatten().split(BLOCK // tensor.itemsize):
-                    buffer = bytearray(block.nbytes)
-                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
-                    file.write(buffer)
-                    bar.update(block.nbytes)
+            for weight_name, weight in weights.items():
+                part = allocate(layout({weight_name: weight}, dtype, quantize))
+                fill(part, weight_name, weights, quantize)
+                for name, tensor in part.items():
+                    file.seek(places[name].offset)
+                    for block in tensor.flatten().split(BLOCK // tensor.itemsize):
+                        buffer = bytearray(block.nbytes)
+                        torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
+                        file.write(buffer)
+                        bar.update(block.nbytes)
             os.fsync(file.fileno())
         partial.replace(target)
     finally:

@@ -9,7 +9,8 @@ gains stand in the way, so they are folded into the matrices that follow first.
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,24 +63,30 @@ def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         model.set_submodule(path, new)
 
 
-def quantize_reader(
-    blocks: Iterable[Tensor], gain: Tensor | None, form: type[nn.Module]
-) -> dict[str, Tensor]:
-    """The buffers of `form` for W R, from row blocks of W, (n, dim) each."""
-    blocks = (block.float() if gain is None else block.float() * gain for block in blocks)
-    return quantize_rows(map(rotate, blocks), form)
+class Rows(Protocol):
+    """What a checkpoint's weight can do."""
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]: ...
+    def read(self, dtype: torch.dtype) -> Tensor: ...
 
 
-def quantize_writer(matrix: Tensor, form: type[nn.Module]) -> dict[str, Tensor]:
-    """The buffers of `form` for R^T W, from an fp32 W of (dim, n), which is overwritten."""
-    for columns in matrix.split(512, dim=1):
-        columns.copy_(rotate(columns.t()).t())
-    return quantize_rows(matrix.split(512), form)
+def norm_before(name: str) -> str | None:
+    """The norm whose gain goes into the matrix `name`."""
+    path = name.split(".")  # layers.N.attention.wq.weight or output.weight
+    return ".".join([*path[:-3], GAIN[path[-2]], "weight"]) if path[-2] in GAIN else None
 
 
-def quantize_rows(blocks: Iterable[Tensor], form: type[nn.Module]) -> dict[str, Tensor]:
-    parts = [form.quantize(block) for block in blocks]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def turned(name: str, weight: Rows, gain: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """A matrix W in fp32 as W R or R^T W, in blocks of rows, each with the number of its first."""
+    if name.split(".")[-2] in WRITERS:
+        matrix = weight.read(torch.float32)
+        for columns in matrix.split(512, dim=1):
+            columns.copy_(rotate(columns.t()).t())
+        for start in range(0, len(matrix), 512):
+            yield start, matrix[start : start + 512]
+    else:
+        for start, block in weight.blocks():
+            yield start, rotate(block.float() if gain is None else block.float() * gain)
 
 
 @functools.cache

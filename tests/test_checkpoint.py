@@ -66,10 +66,9 @@ def test_an_existing_merged_pth_is_kept_unless_told_otherwise(checkpoint, tmp_pa
 
 def test_a_merge_that_fails_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
     def interrupted(*args):
-        yield from ()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama.checkpoint.convert", interrupted)
+    monkeypatch.setattr("llama.checkpoint.fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(checkpoint, tmp_path)
     assert list(tmp_path.iterdir()) == []
