@@ -1,9 +1,12 @@
 """Inference of Meta's LLaMA models on a CPU, in plain PyTorch."""
 
-from .checkpoint import load
-from .errors import UserError
-from .generation import LLaMA
-from .model import ModelArgs, Transformer
-from .tokenizer import Tokenizer
+try:
+    from .checkpoint import load
+    from .errors import UserError
+    from .generation import LLaMA
+    from .model import ModelArgs, Transformer
+    from .tokenizer import Tokenizer
+except KeyboardInterrupt:  # Ctrl-C while PyTorch is on its way
+    raise SystemExit(130) from None
 
 __all__ = ["LLaMA", "ModelArgs", "Tokenizer", "Transformer", "UserError", "load"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import fire
 import torch
 
-from .checkpoint import find_files, load
+from . import memory
+from .checkpoint import check_files, find_files, load
 from .errors import UserError, require
 from .generation import LLaMA
 from .parallel import joined
@@ -24,7 +25,9 @@ def run(main: Callable[..., None]) -> None:
     """Call main with the command line's flags, as its signature names and types them.
 
     A user's mistake ends in one line on stderr and exit code 1, an unknown flag in usage and 2,
-    Ctrl-C in 130. Nothing runs before the whole command line is understood.
+    Ctrl-C in 130, a reader of stdout who has left in 141. What the system refuses (a full disk, a
+    file that may not be read) is told as a mistake is. Nothing runs before the whole command line
+    is understood.
     """
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="replace")
@@ -33,11 +36,19 @@ def run(main: Callable[..., None]) -> None:
         with joined():
             args, kwargs = parse(main, argv)
             main(*args, **kwargs)
-    except UserError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # what stdout holds back must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(error)))
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory: give a smaller --max_batch_size or --max_seq_len")
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
@@ -99,16 +110,10 @@ def open_model(
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo that comes along.
     """
-    require(max_seq_len > 0, "max_seq_len", "1 token or more", max_seq_len)
-    require(max_batch_size > 0, "max_batch_size", "1 prompt or more", max_batch_size)
     torch.set_default_dtype(parse_dtype(dtype))
     check_quantize(quantize)
     folder = Path(ckpt_dir) if ckpt_dir else default_model()
-    if not find_files(folder):
-        raise UserError(
-            f"{folder} has no consolidated.*.pth and no merged.pth: "
-            "name the folder that has the weights with --ckpt_dir"
-        )
+    check_files(folder, find_files(folder))
     own = folder / "tokenizer.model"
     tokenizer = tokenizer_path or (own if own.exists() else "tokenizer/tokenizer.model")
     llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
@@ -138,9 +143,5 @@ def default_model() -> Path:
 
 
 def peak_memory() -> str:
-    """The most memory that this process has held, where the platform tells."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        kilobytes = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]
-        return f"peak memory {int(kilobytes) * 1024 / 1e9:.2f} GB"
-    return "peak memory unknown"
+    peak = memory.peak()
+    return f"peak memory {peak / 1e9:.2f} GB" if peak else "peak memory unknown"

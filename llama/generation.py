@@ -211,12 +211,17 @@ def sample(
     """The token after each sequence, given its row of (bsz, vocab_size) logits: int64 (bsz,)."""
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, sequences, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's output is not finite: its weights are damaged, or not params.json's"
+        )
+    if sampling.temperature < 1e-5:  # 0, or so near to it that dividing would overflow
         return logits.argmax(-1)
     if sampling.top_k:
         best = logits.topk(min(sampling.top_k, logits.shape[-1])).values
         logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
-    probs = torch.softmax(logits / sampling.temperature, -1)
+    temperature = min(sampling.temperature, 1e30)  # more would be Inf in fp32
+    probs = torch.softmax((logits - logits.amax(-1, True)) / temperature, -1)
     return sample_top_p(probs, sampling.top_p, generator)
 
 

@@ -11,9 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import BLOCK, Stored, Weight, read_index, read_json, write_merged
+from .checkpoint import (
+    BLOCK,
+    Stored,
+    Weight,
+    check_types,
+    read_index,
+    read_json,
+    stamp,
+    to_args,
+    write_merged,
+)
 from .errors import UserError
-from .model import ModelArgs, Transformer
+from .model import Transformer
 from .tokenizer import Tokenizer
 
 FIELDS = {  # of params.json, and where config.json has them
@@ -69,6 +79,7 @@ def to_params(config: dict, path: Path) -> dict:
     if missing:
         raise UserError(f"{path} has no {min(missing)}: this program does not run such a model")
     params = {ours: config[theirs] for ours, theirs in FIELDS.items()}
+    check_types(params, path)
     params["n_kv_heads"] = params["n_kv_heads"] or params["n_heads"]
     params["ffn_dim_multiplier"] = config["intermediate_size"] / int(2 / 3 * 4 * params["dim"])
     rope = config.get("rope_parameters") or config  # since transformers 5, and before
@@ -101,14 +112,14 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UserError(f"{path} takes one more package: pip install safetensors") from None
-    index = {}
+    index, now = {}, stamp(path.stat())
     try:
         with path.open("rb") as file, safe_open(path, framework="pt") as tensors:
             offset = 8 + int.from_bytes(file.read(8), "little")  # after the header and its length
             for name in tensors.offset_keys():  # one after another, without gaps
                 view = tensors.get_slice(name)
                 shape = torch.Size(view.get_shape())
-                index[name] = Stored(path, offset, shape, view[:0].dtype)
+                index[name] = Stored(path, offset, shape, view[:0].dtype, name, now)
                 offset += shape.numel() * index[name].dtype.itemsize
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable checkpoint ({error}): get it again") from None
@@ -125,7 +136,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Weight], dict]:
     if config.get("tie_word_embeddings"):
         stored["lm_head.weight"] = stored.get("model.embed_tokens.weight")
 
-    args = ModelArgs(**params)
+    args = to_args(params | {"max_seq_len": 1}, folder / "config.json")
     with torch.device("meta"):
         model = Transformer(args)
     weights = {}

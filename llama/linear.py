@@ -222,7 +222,7 @@ class Int4Linear(Int8Linear):
 
 
 def group_size(in_features: int) -> int:
-    return next(group for group in GROUPS if in_features % group == 0)
+    return next((group for group in GROUPS if in_features % group == 0), 1)
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def fastest(module: Form, n_tokens: int) -> str:
             slow = first > 3 * min(seconds.values(), default=math.inf)
             again = [] if slow else [timed(multiply, x)[0] for _ in range(2)]
             seconds[way] = min([first, *again])
-    return min(seconds, key=seconds.__getitem__)
+    return min(seconds, key=seconds.__getitem__, default="unpack")
 
 
 def timed(multiply: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:

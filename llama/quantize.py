@@ -34,6 +34,8 @@ INT8_ALWAYS = {"tok_embeddings", "output"}
 def form_of(name: str, shape: torch.Size, quantize: str) -> type[nn.Module] | None:
     """The module that holds the weight `name`; None: it stays as it is."""
     kind = name.split(".")[-2]
+    if len(shape) != 2:
+        return None
     if kind == "tok_embeddings":
         return Int8Embedding
     if kind not in READERS | WRITERS:

@@ -1,6 +1,7 @@
 """LLaMA's tokenizer: a sentencepiece model."""
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,12 +16,25 @@ codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start
 class Tokenizer:
     def __init__(self, model_path: str | Path):
         try:
-            self.sp_model = SentencePieceProcessor(model_file=str(model_path))
-        except (OSError, RuntimeError):
-            raise UserError(f"{model_path} is missing, or no sentencepiece model") from None
+            model = Path(model_path).read_bytes()
+            self.sp_model = SentencePieceProcessor(model_proto=model)
+        except FileNotFoundError:
+            raise UserError(
+                f"{model_path} is missing: it comes with the weights; name it with --tokenizer_path"
+            ) from None
+        except RuntimeError:
+            llama3 = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)
+            what = (
+                "is Llama 3's (tiktoken): this program runs Llama 1 and 2"
+                if llama3
+                else ("is no sentencepiece model, or not all of one: get it again")
+            )
+            raise UserError(f"{model_path} {what}") from None
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{model_path} has no <s> and </s>: it is not LLaMA's")
         self.pad_id: int = self.sp_model.pad_id()  # -1 in LLaMA: no piece, never an index
 
     def encode(self, s: str, bos: bool, eos: bool, within: bool = False) -> list[int]:
@@ -28,6 +42,7 @@ class Tokenizer:
 
         `within`: `s` goes on with a text, and gets no space before it as the beginning of one does.
         """
+        s = s.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
         before = "\n" if within else ""  # a byte's id, which joins with nothing after it
         ids = self.sp_model.encode(before + s)[len(self.sp_model.encode(before)) :]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
