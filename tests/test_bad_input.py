@@ -220,7 +220,7 @@ DAMAGES = {
     "expanded": (swap_both(norm__weight=torch.ones(1).expand(64)), "norm.weight.*no whole"),
     "sparse": (swap_both(norm__weight=torch.ones(64).to_sparse()), "norm.weight.*no whole"),
     "quantized scales too many": (swap_both(output__scales=torch.ones(64)), "output.weight is"),
-    "groups too many": (swap_both(output__groups=torch.ones(64)), "output.weight is"),
+    "groups too many": (swap_both(output__groups=torch.ones(64)), "output.groups is"),
     "NaN": (swap(norm__weight=NAN), "01.pth: norm.weight has NaN"),
     "Inf": (
         swap(layers__0__attention__wo__weight=torch.full((64, 32), math.inf).half()),
