@@ -50,7 +50,7 @@ def main(
         max_seq_len: Context, in tokens: when it is full, the oldest turns are forgotten.
         max_gen_len: Longest reply, in tokens.
         dtype: float32, or bfloat16 for half the memory.
-        quantize: int8 or int4, for a quarter or a seventh of the memory.
+        quantize: int8 or int4, for a quarter or a sixth of the memory.
         seed: Any whole number: the same seed draws the same tokens.
         verbose: Say how the model lies in memory and is computed.
     """

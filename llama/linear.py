@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
+CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)  # of a group's range, tried for int4
 N_TOKENS = (1, 4, 16, 64)  # how many at once the ways are timed for
 TRIAL_ROWS = 1024  # of the matrix that they are timed on
 
@@ -170,7 +171,7 @@ class Int4Linear(Int8Linear):
             w = (weight[rows] / scales[rows, None]).unflatten(1, (-1, group))
             low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
             least, step, lo = torch.full_like(low, torch.inf), low, low
-            for clip in (1.0, 0.92, 0.84, 0.76):
+            for clip in CLIPS:
                 try_lo = (low * clip).round()
                 try_step = ((high - low) * clip / 15).round().clamp(min=1)
                 exact = (w - try_lo).div_(try_step)

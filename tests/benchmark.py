@@ -1,8 +1,10 @@
-"""Memory and speed of each dtype: `python tests/benchmark.py --size 1B`.
+"""Memory, speed and accuracy of each dtype, for the README's tables.
 
-Makes itself a checkpoint with random weights in the shapes of `size` (they are honest for memory and
-speed, and say nothing about text) in a temporary folder, and runs each dtype in a process of its
-own. Every figure but the load time is a median over rounds in which the dtypes take turns.
+`python tests/benchmark.py speed --size 1B` makes itself a checkpoint with random weights in the
+shapes of `size` (they are honest for memory and speed, and say nothing about text) in a temporary
+folder, and runs each dtype in a process of its own. Prefill and decode are medians over rounds in
+which the dtypes take turns. `python tests/benchmark.py accuracy --data DIR` scores the demo model
+on DIR/valid.jsonl, of which train.py tells.
 """
 
 import json
@@ -22,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
 from llama.checkpoint import read_index, reserve
+from model.demo.train import bits_per_byte, read
 
-SIZES = {  # dim, heads, layers, shards; "1B" has 953M parameters
-    "1B": (2048, 16, 16, 1),
-    "7B": (4096, 32, 32, 1),
-    "13B": (5120, 40, 40, 2),
-    "30B": (6656, 52, 60, 4),
-    "65B": (8192, 64, 80, 8),
+SIZES = {  # dim, heads, layers; "1B" has 953M parameters
+    "1B": (2048, 16, 16),
+    "7B": (4096, 32, 32),
+    "13B": (5120, 40, 40),
+    "30B": (6656, 52, 60),
+    "65B": (8192, 64, 80),
 }
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokenizer.model"
@@ -36,7 +39,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokeniz
 
 def make_checkpoint(folder: Path, size: str) -> None:
     """One merged.pth of random fp16 weights, streamed: a block of them, again and again."""
-    dim, n_heads, n_layers, _ = SIZES[size]
+    dim, n_heads, n_layers = SIZES[size]
     params = {"dim": dim, "n_heads": n_heads, "n_layers": n_layers, "multiple_of": 256}
     params |= {"norm_eps": 1e-6, "vocab_size": 32000}
     (folder / "params.json").write_text(json.dumps(params))
@@ -68,10 +71,8 @@ def bandwidth() -> float:
 
 def serve(folder: str, dtype: str, prompt: int, new: int) -> None:
     """Load, say so, then measure once for each line of stdin: the child process of a dtype."""
-    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    quantize = dtype if dtype.startswith("int") else None
     begin = time.perf_counter()
-    model = llama.load(folder, TOKENIZER, prompt + new, 1, quantize)
+    model = load(folder, dtype, prompt + new)
     seconds = time.perf_counter() - begin
     n_bytes = sum(tensor.nbytes for tensor in model.model.state_dict().values())
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
@@ -87,7 +88,28 @@ def serve(folder: str, dtype: str, prompt: int, new: int) -> None:
         print(json.dumps([prefill, time.perf_counter() - begin]), flush=True)
 
 
-def main(
+def accuracy(data: str) -> None:
+    """Print the demo model's bits per byte on valid.jsonl in `data`, and how its perplexity grows."""
+    stories = [story["story"] for story in read(Path(data, "valid.jsonl"))]
+    first = None
+    print("| dtype | bits per byte | perplexity, of fp32's |")
+    print("|---|---|---|")
+    for dtype in DTYPES:
+        model = load(TOKENIZER.parent, dtype, 512)
+        bits = bits_per_byte(model.model, model.tokenizer, stories)
+        first = first or bits
+        tokens = sum(len(model.tokenizer.encode(s, bos=False, eos=False)) for s in stories)
+        ratio = 2 ** ((bits - first) * sum(len(s.encode()) for s in stories) / tokens)
+        print(f"| {dtype} | {bits:.4f} | {ratio:.4f} |", flush=True)
+
+
+def load(folder: str | Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    quantize = dtype if dtype.startswith("int") else None
+    return llama.load(folder, TOKENIZER, max_seq_len, 1, quantize)
+
+
+def speed(
     size: str = "1B",
     dtypes: str = ",".join(DTYPES),
     prompt: int = 128,
@@ -150,7 +172,4 @@ def measure(folder: Path, dtypes: list[str], prompt: int, new: int, rounds: int)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
-    else:
-        fire.Fire(main)
+    fire.Fire({"speed": speed, "accuracy": accuracy, "serve": serve})
