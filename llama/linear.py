@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
-CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)  # of a group's range, tried for int4
+# Of a group's range, tried for int4.
+CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 N_TOKENS = (1, 4, 16, 64)  # how many at once the ways are timed for
 TRIAL_ROWS = 1024  # of the matrix that they are timed on
 
