@@ -1,5 +1,9 @@
 """Inference of Meta's LLaMA models on a CPU, in plain PyTorch."""
 
+import warnings
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which nothing here needs
+
 try:
     from .checkpoint import load
     from .errors import UserError

@@ -1,8 +1,11 @@
 """The three scripts as a user runs them, from a folder that is not the repository."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import DEMO, TOKENIZER, write_shards
+from conftest import DEMO, ROOT, TOKENIZER, write_shards
 
 import llama
 
@@ -88,3 +91,9 @@ def test_chat_answers_each_line_until_the_end_of_input(run_script, checkpoint):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"\n") >= 2
     assert b"prompt>" not in done.stdout
+
+
+def test_pytorch_says_nothing_of_a_numpy_that_is_not_installed():
+    code = "import sys; sys.modules['numpy'] = None; import llama"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stderr == b""
