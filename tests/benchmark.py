@@ -111,7 +111,7 @@ def load(folder: str | Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
 
 def speed(
     size: str = "1B",
-    dtypes: str = ",".join(DTYPES),
+    dtypes: tuple[str, ...] = DTYPES,
     prompt: int = 128,
     new: int = 64,
     rounds: int = 3,
@@ -121,7 +121,7 @@ def speed(
 
     Args:
         size: 1B (953M parameters), 7B, 13B, 30B or 65B.
-        dtypes: Which of float32,bfloat16,int8,int4; each waits in memory for its turn.
+        dtypes: Such as bfloat16,int8 (for one alone: int8,); each waits in memory for its turn.
         prompt: Tokens of the prompt.
         new: Tokens generated.
         rounds: How often each is measured.
@@ -132,7 +132,7 @@ def speed(
         where.mkdir(exist_ok=True)
         if not (where / "merged.pth").exists():
             make_checkpoint(where, size)
-        measure(where, dtypes.split(","), prompt, new, rounds)
+        measure(where, dtypes, prompt, new, rounds)
     finally:
         if not folder:
             shutil.rmtree(where)
