@@ -216,7 +216,7 @@ def main(
     data: str,
     output_dir: str = str(Path(__file__).parent),
     steps: int = 3000,
-    batch_size: int = 16,
+    batch_size: int = 8,
     muon_lr: float = 0.02,
     adam_lr: float = 4e-3,
     seed: int = 0,
