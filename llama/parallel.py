@@ -37,7 +37,8 @@ def joined() -> Iterator[None]:
     forever = timedelta(days=365)  # `watch` finds out sooner than any timeout
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=forever)
     done = Event()
-    Thread(target=watch, args=(store, rank, world, done), daemon=True).start()
+    watcher = Thread(target=watch, args=(store, rank, world, done), daemon=True)
+    watcher.start()
     try:
         with open(os.devnull, "w") as null:
             out, err = (null, null) if rank else (sys.stdout, sys.stderr)
@@ -45,6 +46,9 @@ def joined() -> Iterator[None]:
                 yield
         dist.barrier()
         done.set()
+        watcher.join()
+        dist.barrier()  # the store, on the first rank, is not gone before the last watcher
+        dist.destroy_process_group()
     except UserError as error:
         time.sleep(3 * BEAT if rank else 0)  # most often the first rank has the same to say
         store.compare_set("failure", "", f"rank {rank}: {error}" if rank else str(error))
