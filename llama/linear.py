@@ -261,7 +261,7 @@ def unpack_int4(packed: Tensor, interleaved: int | None) -> Tensor:
 
 
 class Int8Embedding(nn.Module):
-    """A row for each token, int8 with a scale of its own; looked up in the default dtype of the load."""
+    """A row for each token, int8 with a scale of its own; looked up in the load's default dtype."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
