@@ -143,9 +143,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(Int8Linear):
     """Asymmetric, in groups of inputs, on two levels (QServe, arXiv 2405.04532).
 
-    W[i, j] = scales[i] * (step * q + low), where q is 0 to 15 and (step, low) = groups[i, j // GROUP]
-    are whole numbers such that the bracket is an int8, GROUP being group_size(in_features). On disk two neighbouring q share a byte,
-    the first in the low half; `prepare` brings them into the order of PyTorch's 4-bit operator.
+    W[i, j] = scales[i] * (step * q + low), where q is 0 to 15 and (step, low) are the whole
+    numbers groups[i, j // group_size(in_features)], such that the bracket is an int8. On disk two
+    neighbouring q share a byte, the first in the low half; `prepare` brings them into the order of
+    PyTorch's 4-bit operator.
     """
 
     ways = ("int4pack", "int_mm", "unpack")
