@@ -148,6 +148,8 @@ class Weight:
 
     def copy_to(self, out: Tensor) -> Tensor:
         for start, block in self.blocks():
+            if out.dtype == torch.bfloat16:
+                block = block.float()  # PyTorch converts fp16 to bf16 one number at a time
             out[start : start + len(block)] = block
         return out
 
@@ -470,27 +472,33 @@ def load(
         raise UserError(f"{world} ranks cannot share {heads}: start a number that divides both")
     shares = {name: share(name, weight, rank, world) for name, weight in weights.items()}
     check_memory(shares, args, quantize)
-    state = layout(shares, dtype, quantize)
-    with torch.device("meta"):
-        model = Transformer(args)
-        use_forms(model, state)
-
-    # All at once: what is allocated among a load's many short-lived blocks would leave holes.
-    state = allocate(state)
-    for name, tensor in state.items():
-        path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
-        if key in dict(module.named_parameters(recurse=False)):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, key, tensor)
+    model = build(args, layout(shares, dtype, quantize))
+    state = model.state_dict()
     total = sum(weight.n_bytes for weight in shares.values())
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for name, weight in shares.items():
             fill(state, name, weights, quantize, rank, world)
             bar.update(weight.n_bytes)
+    weight_bytes = sum(tensor.nbytes for tensor in state.values())
+    del state  # what `tune` packs anew is to be let go
     if world > 1:
         connect(model)
-    return LLaMA(model.eval(), tokenizer, tune(model))
+    return LLaMA(model.eval(), tokenizer, tune(model), weight_bytes)
+
+
+def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
+    """A model that holds tensors such as those of the state, which are on the meta device."""
+    with torch.device("meta"):
+        model = Transformer(args)
+        use_forms(model, state)
+    # All at once: what is allocated among a load's many short-lived blocks would leave holes.
+    for name, tensor in allocate(state).items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key in dict(module.named_parameters(recurse=False)):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, key, tensor)
+    return model
 
 
 def merge(

@@ -118,6 +118,7 @@ def open_model(
     tokenizer = tokenizer_path or (own if own.exists() else "tokenizer/tokenizer.model")
     llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
     if verbose:
+        print(f"weights: {llama.weight_bytes / 1e9:.2f} GB", file=sys.stderr)
         for form, ways in llama.plan.items():
             print(f"{form}: {ways}", file=sys.stderr)
     return llama

@@ -77,12 +77,17 @@ class Timings:
 
 class LLaMA:
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, plan: Mapping[str, str] | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        plan: Mapping[str, str] | None = None,
+        weight_bytes: int = 0,
     ):
-        """plan: how each form of weight is multiplied, in words."""
+        """plan: how each form of weight is multiplied, in words; weight_bytes: of memory."""
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan or {}
+        self.weight_bytes = weight_bytes
         self.timings = Timings()
 
     def generate(

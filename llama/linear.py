@@ -1,45 +1,61 @@
 """How a weight lies in memory, and how it is multiplied.
 
-fp32 is PyTorch's own nn.Linear. Each other form can be multiplied in several ways, and which is the
-fastest differs between CPUs and between one token (bound by the memory's bandwidth) and many (bound
-by arithmetic): `tune` times a matrix each way at load and keeps the winners. Operators that are not
-PyTorch's public API are used in this file alone, and left out where they are missing or wrong.
+A form of weight (float, int8, int4) can lie in memory in several layouts, and in each be multiplied
+in several ways. Which are the fastest differs between CPUs and between one token (bound by the
+memory's bandwidth) and many (bound by arithmetic): `tune` times them at load and keeps the winners.
+Operators that are not PyTorch's public API are used in this file alone, and left out where they
+are missing or wrong.
 """
 
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import memory
+
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
+PIECE = 2**22  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
-N_TOKENS = (1, 4, 16, 64)  # how many at once the ways are timed for
-TRIAL_ROWS = 1024  # of the matrix that they are timed on
+N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
+TRIAL = 2**23  # weights of the matrix that they are timed on
+OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
+UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, on this CPU
 
 
 class Form(nn.Module):
-    """y = x W^T for a W of shape (out_features, in_features) that is not fp32.
+    """y = x W^T for a W of shape (out_features, in_features).
 
-    A subclass lists its `ways`, of which "unpack" needs nothing but public operators: it turns a
-    block of rows at a time into fp32, inside the caches, and multiplies that.
+    `layouts` are those in which it can lie, each with its ways: methods that multiply. The first,
+    "rows", is that of the checkpoint, and its last way needs nothing but public operators.
     """
 
-    ways: tuple[str, ...] = ("unpack",)
+    layouts: ClassVar[dict[str, tuple[str, ...]]] = {"rows": ("unpack",)}
     precise = False  # activations must not be rounded to one int8 term
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
-        self.plan = ((1, "unpack"),)  # from how many tokens on, which way
+        self.plan = ((1, self.layouts["rows"][-1]),)  # from how many tokens on, which way
+        self.packed: list = []  # pieces of W, rows after rows, in another library's layout
 
-    def prepare(self) -> None:
-        """Once the weights are there: bring them into the order in which they are read."""
+    @classmethod
+    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
+        """The buffers for an fp32 matrix."""
+        raise NotImplementedError
+
+    def pack(self, layout: str) -> None:
+        """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
 
     def forward(self, x: Tensor) -> Tensor:
         way = next(way for n_tokens, way in reversed(self.plan) if n_tokens <= len(x))
@@ -47,12 +63,14 @@ class Form(nn.Module):
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of W and what they are: (n_rows, in_features), up to `scale`'s factor a row."""
-        raise NotImplementedError
+        for rows in row_blocks(*self.weight.shape):
+            yield rows, self.weight[rows]
 
     def scale(self, rows: slice) -> Tensor | None:
         return None
 
     def unpack(self, x: Tensor) -> Tensor:
+        """A block of rows at a time in fp32, inside the caches."""
         x32, out = x.float(), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks():
             y = F.linear(x32, block.float())
@@ -61,35 +79,79 @@ class Form(nn.Module):
         return out
 
 
-def row_blocks(n_rows: int, n_columns: int, multiple: int = 64) -> Iterator[slice]:
-    step = max(multiple, BLOCK // n_columns // multiple * multiple)
+def row_blocks(n_rows: int, n_columns: int, size: int = BLOCK, multiple: int = 64):
+    """Slices of rows that have about `size` numbers each."""
+    step = max(multiple, size // n_columns // multiple * multiple)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
 
-class BF16Linear(Form):
-    ways = ("plain", "unpack")
+class FP32Linear(Form):
+    """W as it is."""
+
+    layouts: ClassVar = {"rows": ("onednn_rows", "plain"), "onednn": ("onednn",)}
+    dtype = torch.float32
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__(out_features, in_features)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.bfloat16))
+        weight = torch.empty(out_features, in_features, dtype=self.dtype)
+        self.register_buffer("weight", weight)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows in row_blocks(*self.weight.shape):
-            yield rows, self.weight[rows]
+    @classmethod
+    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.to(cls.dtype)}
 
-    @staticmethod
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
-        return {"weight": weight.bfloat16()}
+    def pack(self, layout: str) -> None:
+        if layout == "onednn":
+            self.packed = [torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)]
+            del self.weight
 
     def plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+    def onednn_rows(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+    def onednn(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[0], None, "none", [], "")
+
+
+class BF16Linear(FP32Linear):
+    layouts: ClassVar = {
+        "rows": ("onednn_rows", "plain", "unpack"),
+        "onednn": ("onednn",),
+        "fbgemm": ("fbgemm",),
+    }
+    dtype = torch.bfloat16
+
+    def pack(self, layout: str) -> None:
+        if layout == "fbgemm":
+            pieces = row_blocks(*self.weight.shape, PIECE)
+            self.packed = [pack_fp16(self.weight[rows]) for rows in pieces]
+            del self.weight
+        super().pack(layout)
+
+    def fbgemm(self, x: Tensor) -> Tensor:
+        """Activations and sums in fp32."""
+        multiply = torch.ops.quantized.linear_dynamic_fp16
+        return join([multiply(x.float(), piece) for piece in self.packed]).type_as(x)
+
+
+def pack_fp16(block: Tensor) -> object:
+    """bf16 weights as fp16, exact to 2^-25: fp16 has three bits more, and a smaller range."""
+    if not block.abs().max() <= torch.finfo(torch.float16).max:
+        raise RuntimeError("beyond fp16's range")
+    return torch.ops.quantized.linear_prepack_fp16(block.float(), None)
+
+
+def join(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 class Int8Linear(Form):
     """Symmetric, a scale for each output: W[i] = scales[i] * weight[i]."""
 
-    ways = ("int8pack", "int_mm", "unpack")
+    layouts: ClassVar = {"rows": ("int8pack", "int_mm", "unpack"), "fbgemm": ("fbgemm",)}
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__(out_features, in_features)
@@ -98,13 +160,14 @@ class Int8Linear(Form):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
-        """The buffers for an fp32 matrix."""
-        q, scales = round_rows(weight)
-        return {"weight": q, "scales": scales.squeeze(1)}
+        q, scales = round_rows(weight, 127)
+        return {"weight": q.to(torch.int8), "scales": scales.squeeze(1)}
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows in row_blocks(*self.weight.shape):
-            yield rows, self.weight[rows]
+    def pack(self, layout: str) -> None:
+        if layout == "fbgemm":
+            pieces = row_blocks(*self.weight.shape, PIECE)
+            self.packed = [pack_int8(self.weight[rows], self.scales[rows]) for rows in pieces]
+            del self.weight
 
     def scale(self, rows: slice) -> Tensor:
         return self.scales[rows]
@@ -117,41 +180,69 @@ class Int8Linear(Form):
         return y.type_as(x)
 
     def int_mm(self, x: Tensor) -> Tensor:
-        return self.int8_activations(x, [(slice(None), self.weight)])
-
-    def int8_activations(self, x: Tensor, blocks: Iterator[tuple[slice, Tensor]]) -> Tensor:
         """Activations int8 as well, one scale a token; a second term where it must be precise."""
-        q, s = round_rows(x.float())
-        if self.precise:
-            q2, s2 = round_rows(x.float() - q * s)
-            q, s = torch.cat([q, q2]), torch.cat([s, s2])
-        out = x.new_empty(len(x), self.out_features)
-        for rows, block in blocks:
-            y = torch._int_mm(q, block.t()) * s
-            if self.precise:
-                y = y[: len(x)] + y[len(x) :]
+        q, s = round_activations(x.float(), 127, 2 if self.precise else 1)
+        q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
+        for rows, block in self.blocks_to_multiply():
+            y = add_terms(torch._int_mm(q, block.t()).float(), s, 127)
             out[:, rows] = y * self.scale(rows)
         return out
 
+    def blocks_to_multiply(self) -> Iterator[tuple[slice, Tensor]]:
+        return iter([(slice(None), self.weight)])
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x = q * s, with q int8 and one s for each row."""
-    s = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (x / s).round_().to(torch.int8), s
+    def fbgemm(self, x: Tensor) -> Tensor:
+        """Activations in two terms of 7 bits, whose sums stay exact on CPUs without VNNI, too.
+
+        For a few tokens the second is nearly free: they are bound by reading the weights.
+        """
+        q, s = round_activations(x.float(), 63, 2)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = join([multiply(q, 1.0, 64, piece) for piece in self.packed])
+        return add_terms(y, s, 63).type_as(x)
+
+
+def pack_int8(block: Tensor, scales: Tensor) -> object:
+    zeros = torch.zeros(len(block), dtype=torch.int64)
+    quantized = torch._make_per_channel_quantized_tensor(block, scales.double(), zeros, 0)
+    return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def round_rows(x: Tensor, limit: int, n_terms: int = 1) -> tuple[Tensor, Tensor]:
+    """x as whole numbers of up to +-limit, and a scale for each row: q of (n_terms n, k), s (n, 1).
+
+    x = s q[:n], or with a second term, of what that leaves, s (q[:n] + q[n:] / (2 limit)).
+    """
+    s = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(limit)
+    exact = x / s
+    q = exact.round()
+    if n_terms == 2:
+        q = torch.cat([q, exact.sub_(q).mul_(2 * limit).round_()])
+    return q, s
+
+
+# What wq wk wv, and w1 w3, multiply is the same.
+round_activations = functools.lru_cache(maxsize=1)(round_rows)
+
+
+def add_terms(y: Tensor, s: Tensor, limit: int) -> Tensor:
+    """What `round_rows` took apart: s y, or s (y[:n] + y[n:] / (2 limit))."""
+    n = len(s)
+    return (y if len(y) == n else torch.add(y[:n], y[n:], alpha=1 / (2 * limit))) * s
 
 
 class Int4Linear(Int8Linear):
     """Asymmetric, in groups of inputs, on two levels (QServe, arXiv 2405.04532).
 
     W[i, j] = scales[i] * (step * q + low), where q is 0 to 15 and (step, low) are the whole
-    numbers groups[i, j // group_size(in_features)], such that the bracket is an int8. On disk two
-    neighbouring q share a byte, the first in the low half; `prepare` brings them into the order of
-    PyTorch's 4-bit operator.
+    numbers groups[i, j // group_size(in_features)], such that the bracket is an int8. In rows two
+    neighbouring q share a byte, the first in the low half.
     """
 
-    ways = ("int4pack", "int_mm", "unpack")
-
     def __init__(self, out_features: int, in_features: int):
+        self.layouts = {"rows": ("int_mm", "unpack")}
+        if out_features % 64 == 0:
+            self.layouts["int4pack"] = ("int4pack", "int_mm", "unpack")
         Form.__init__(self, out_features, in_features)
         n_groups = in_features // group_size(in_features)
         shapes = {
@@ -169,7 +260,7 @@ class Int4Linear(Int8Linear):
         group = group_size(weight.shape[1])
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
         groups = torch.empty(weight.shape[0], weight.shape[1] // group, 2, dtype=torch.int8)
-        for rows in row_blocks(weight.shape[0], 8 * weight.shape[1], multiple=1):
+        for rows in row_blocks(*weight.shape, BLOCK // 8, multiple=1):
             w = (weight[rows] / scales[rows, None]).unflatten(1, (-1, group))
             low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
             least, step, lo = torch.full_like(low, torch.inf), low, low
@@ -187,31 +278,36 @@ class Int4Linear(Int8Linear):
             groups[rows] = torch.cat([step, lo], 2).to(torch.int8)
         return {"weight": packed, "scales": scales, "groups": groups}
 
-    def prepare(self) -> None:
-        step, low = self.groups.float().unbind(2)
-        both = torch.stack([step, low + 8 * step], 2) * self.scales[:, None, None]
-        both = both.transpose(0, 1).to(torch.bfloat16).contiguous()
-        self.register_buffer("scales_and_zeros", both)
-        del self.groups
-        interleaved = int4_layout()
-        self.interleaved = interleaved if self.out_features % (interleaved or 1) == 0 else None
-        if not self.interleaved:
-            self.ways = ("int_mm", "unpack")
-        else:
+    def pack(self, layout: str) -> None:
+        if layout == "int4pack":
             for rows in row_blocks(self.out_features, self.in_features):
                 plain = self.weight[rows]
                 q = torch.stack([plain & 15, plain >> 4], 2).flatten(1).int()
                 self.weight[rows] = pack_int4(q).view(plain.shape)
+            step, low = self.groups.float().unbind(2)
+            both = torch.stack([step, low + 8 * step], 2) * self.scales[:, None, None]
+            self.scales_and_zeros = both.transpose(0, 1).to(torch.bfloat16).contiguous()
+            del self.groups
+
+    def step_and_low(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """int8 (n_groups, n_rows), both."""
+        if "groups" in self._buffers:
+            step, low = self.groups[rows].permute(2, 1, 0)
+            return step, low
+        # Exact: bf16 keeps 8 bits, and step and low + 8 * step are whole numbers below 128.
+        both = (self.scales_and_zeros[:, rows].float() / self.scales[rows, None]).round_()
+        step, zero = both.to(torch.int8).unbind(2)
+        return step, zero - 8 * step
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        n_rows = None if "groups" in self._buffers else int4_layout()
         for rows in row_blocks(self.out_features, self.in_features):
-            # Exact: bf16 keeps 8 bits, and step and low + 8 * step are whole numbers below 128.
-            both = (self.scales_and_zeros[:, rows].float() / self.scales[rows, None]).round_()
-            step, zero = both.to(torch.int8).unbind(2)  # (n_groups, n_rows)
-            low = zero - 8 * step
-            q = unpack_int4(self.weight[rows], self.interleaved).unflatten(0, (len(step), -1))
+            step, low = self.step_and_low(rows)
+            q = unpack_int4(self.weight[rows], n_rows).unflatten(0, (len(step), -1))
             block = q.mul_(step[:, None]).add_(low[:, None]).flatten(0, 1)
             yield rows, block.t()  # (n_rows, in_features)
+
+    blocks_to_multiply = blocks
 
     def int4pack(self, x: Tensor) -> Tensor:
         """Weights int4, activations bf16."""
@@ -219,9 +315,6 @@ class Int4Linear(Int8Linear):
             x.bfloat16(), self.weight, group_size(self.in_features), self.scales_and_zeros
         )
         return y.type_as(x)
-
-    def int_mm(self, x: Tensor) -> Tensor:
-        return self.int8_activations(x, self.blocks())
 
 
 def group_size(in_features: int) -> int:
@@ -233,20 +326,17 @@ def pack_int4(q: Tensor) -> Tensor:
 
 
 @functools.cache
-def int4_layout() -> int | None:
-    """How many rows PyTorch's 4-bit layout interleaves on this CPU; None where it can't be told.
+def int4_layout() -> int:
+    """How many rows PyTorch's 4-bit layout interleaves on this CPU; RuntimeError: it can't be told.
 
     Known layouts go input by input, for `n` rows at a time: row j shares a byte with row j + n / 2.
     """
     q = torch.randint(0, 16, (128, 64), dtype=torch.int32)
-    try:
-        packed = pack_int4(q).view(128, 32)
-    except (AttributeError, RuntimeError):
-        return None
+    packed = pack_int4(q).view(128, 32)
     for n_rows in (64, 32, 16):
         if torch.equal(unpack_int4(packed, n_rows), q.t().to(torch.int8)):
             return n_rows
-    return None
+    raise RuntimeError("this CPU's 4-bit layout is not known")
 
 
 def unpack_int4(packed: Tensor, interleaved: int | None) -> Tensor:
@@ -276,53 +366,105 @@ class Int8Embedding(nn.Module):
         return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
 
 
+@torch.inference_mode()
 def tune(model: nn.Module) -> dict[str, str]:
-    """Choose how each form in the model is multiplied; say what was chosen."""
+    """Choose how each form in the model lies and is multiplied; say what was chosen."""
     kinds: dict[tuple, list[Form]] = {}
     for module in model.modules():
         if isinstance(module, Form):
-            module.prepare()
-            kinds.setdefault((type(module), module.ways, module.precise), []).append(module)
+            kind = (type(module), tuple(module.layouts), module.precise)
+            kinds.setdefault(kind, []).append(module)
     chosen = {}
-    for modules in kinds.values():
-        widest = max(modules, key=lambda module: module.in_features)
-        plan = choose(widest)
-        for module in modules:
-            module.plan = plan
-        name = type(widest).__name__ + (" (w2)" if widest.precise else "")
-        chosen[name] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
+    with packing(), ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
+        for modules in kinds.values():
+            largest = max(modules, key=lambda module: module.out_features * module.in_features)
+            layout, plan = choose(largest)
+            list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
+            name = type(largest).__name__ + (" (w2)" if largest.precise else "")
+            chosen[name] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
     return chosen
 
 
-def choose(module: Form) -> tuple[tuple[int, str], ...]:
-    """The fastest way for each of N_TOKENS, tried on a few rows of this form and width."""
-    trial = type(module)(TRIAL_ROWS, module.in_features)
-    for name, buffer in module.quantize(torch.randn(TRIAL_ROWS, module.in_features)).items():
-        setattr(trial, name, buffer)
-    trial.ways, trial.precise = module.ways, module.precise
-    trial.prepare()
-    return tuple((n_tokens, fastest(trial, n_tokens)) for n_tokens in N_TOKENS)
+@contextmanager
+def packing() -> Iterator[None]:
+    """Let FBGEMM pack int8, also where PyTorch would choose another for quantized tensors.
+
+    That PyTorch will do away with these some day is nothing to tell the user at each start.
+    """
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings(), memory.without_holes():
+        warnings.simplefilter("ignore")
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
 
 
-def fastest(module: Form, n_tokens: int) -> str:
-    """The way that takes the least time for so many tokens, of those that give the right result."""
-    x = torch.randn(n_tokens, module.in_features, dtype=torch.get_default_dtype())
-    expected = module.unpack(x).float()
-    seconds: dict[str, float] = {}
-    for way in module.ways:
+Plan = tuple[tuple[int, str], ...]  # from how many tokens on, which way
+
+
+def settle(module: Form, layout: str, plan: Plan) -> None:
+    try:
+        module.pack(layout)
+        module.plan = plan
+    except RuntimeError:  # it stays in rows, and its plan the one that always works
+        pass
+
+
+def choose(module: Form) -> tuple[str, Plan]:
+    """The layout and the plan that take the least time, tried on a few rows of this width."""
+    n_rows = min(module.out_features, TRIAL // module.in_features // 64 * 64)
+    weight = torch.randn(n_rows, module.in_features)
+    best = (math.inf, "rows", module.plan)
+    inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
+    inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
+    other = torch.ones(OTHER)
+    in_rows = holding(type(module), weight)
+    expected = {n: in_rows(x).float() for n, x in inputs.items()}
+    for layout, ways in module.layouts.items():
+        try:
+            trial = holding(type(module), weight, layout)
+        except UNAVAILABLE:
+            continue
+        trial.precise = module.precise
+        times = {n: fastest(trial, ways, inputs[n], expected[n], other) for n in N_TOKENS}
+        seconds = 64 * times[1][0] + times[128][0]  # a prompt of 128 tokens, 64 new ones
+        plan = [(n, way) for n, (_, way) in times.items()]
+        plan = tuple(p for p, before in zip(plan, [(0, ""), *plan]) if p[1] != before[1])
+        best = min(best, (seconds, layout, plan))
+    return best[1:]
+
+
+def holding(form: type[Form], weight: Tensor, layout: str = "rows") -> Form:
+    """A module of a form that holds an fp32 matrix, in a layout (for which: `packing`)."""
+    module = form(*weight.shape)
+    for name, buffer in form.quantize(weight).items():
+        setattr(module, name, buffer)
+    module.pack(layout)
+    return module
+
+
+def fastest(
+    module: Form, ways: tuple[str, ...], x: Tensor, expected: Tensor, other: Tensor
+) -> tuple[float, str]:
+    """The way that takes the least seconds, of those that give the right result."""
+    best = (math.inf, ways[-1])
+    for way in ways:
         multiply: Callable[[Tensor], Tensor] = getattr(module, way)
         try:
-            first, y = timed(multiply, x)
-        except (AttributeError, RuntimeError):  # no such operator in this PyTorch, on this CPU
+            y = multiply(x)
+        except UNAVAILABLE:
             continue
         if (y.float() - expected).norm() < 0.03 * expected.norm():
-            slow = first > 3 * min(seconds.values(), default=math.inf)
-            again = [] if slow else [timed(multiply, x)[0] for _ in range(2)]
-            seconds[way] = min([first, *again])
-    return min(seconds, key=seconds.__getitem__, default="unpack")
+            n_times = 20 if len(x) == 1 else 3
+            best = min(best, (min(timed(multiply, x, other) for _ in range(n_times)), way))
+    return best
 
 
-def timed(multiply: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
+def timed(multiply: Callable[[Tensor], Tensor], x: Tensor, other: Tensor) -> float:
+    other.sum()
     begin = time.perf_counter()
-    y = multiply(x)
-    return time.perf_counter() - begin, y
+    multiply(x)
+    return time.perf_counter() - begin

@@ -1,7 +1,13 @@
 """How much memory this process has held, and may still take: in bytes, where Linux tells."""
 
+import ctypes
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def number(path: Path, name: str = "") -> int | None:
@@ -33,3 +39,23 @@ def available(root: Path = Path("/")) -> int | None:
 def peak() -> int | None:
     """The most that this process has held."""
     return number(Path("/proc/self/status"), "VmHWM")
+
+
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """Let freed memory go back at once, in blocks of a MB and more: each a mapping of its own.
+
+    Else glibc keeps what is freed between blocks that stay. As a rule that is well, since a new
+    mapping costs a page fault every 4 KB.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:  # what glibc itself comes to once it has seen large blocks
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)

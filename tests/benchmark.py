@@ -8,7 +8,6 @@ on DIR/valid.jsonl, of which train.py tells.
 """
 
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,8 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
-from llama.checkpoint import read_index, reserve
+from llama import memory
+from llama.checkpoint import find_files, read_index, reserve
 from model.demo.train import bits_per_byte, read
+from tests.peers import PEERS
 
 SIZES = {  # dim, heads, layers; "1B" has 953M parameters
     "1B": (2048, 16, 16),
@@ -34,6 +35,7 @@ SIZES = {  # dim, heads, layers; "1B" has 953M parameters
     "65B": (8192, 64, 80),
 }
 DTYPES = ("float32", "bfloat16", "int8", "int4")
+MISSING = {("transformers", "int8"), ("transformers", "int4")}
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokenizer.model"
 
 
@@ -69,22 +71,30 @@ def bandwidth() -> float:
     return x.nbytes / min(seconds)
 
 
-def serve(folder: str, dtype: str, prompt: int, new: int) -> None:
-    """Load, say so, then measure once for each line of stdin: the child process of a dtype."""
+def serve(program: str, folder: str, dtype: str, prompt: int, new: int, max_seq_len: int) -> None:
+    """Load, say so, then measure once for each line of stdin: the child process of a row."""
     begin = time.perf_counter()
-    model = load(folder, dtype, prompt + new)
+    n_bytes, plan = 0, {}
+    if program in PEERS:
+        step = PEERS[program](Path(folder), dtype, max_seq_len)
+    else:
+        model = load(folder, dtype, max_seq_len)
+        n_bytes, plan = model.weight_bytes, model.plan
+        cache = model.model.new_cache(max_seq_len)
+
+        def step(tokens: list[int], position: int) -> torch.Tensor:
+            return model.model([torch.tensor(tokens)], [position], [cache])
+
     seconds = time.perf_counter() - begin
-    n_bytes = sum(tensor.nbytes for tensor in model.model.state_dict().values())
-    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-    print(json.dumps([n_bytes, int(peak) * 1024, seconds, model.plan]), flush=True)
-    tokens = torch.randint(3, 32000, (1, prompt))
+    print(json.dumps([n_bytes, memory.peak(), seconds, plan]), flush=True)
+    tokens = torch.randint(3, 32000, (prompt,)).tolist()
     for _ in sys.stdin:
         begin = time.perf_counter()
-        model.model(tokens, 0)
+        step(tokens, 0)
         prefill = time.perf_counter() - begin
         begin = time.perf_counter()
         for position in range(prompt, prompt + new):
-            model.model(tokens[:, :1], position)
+            step(tokens[:1], position)
         print(json.dumps([prefill, time.perf_counter() - begin]), flush=True)
 
 
@@ -105,8 +115,7 @@ def accuracy(data: str) -> None:
 
 def load(folder: str | Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
     torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    quantize = dtype if dtype.startswith("int") else None
-    return llama.load(folder, TOKENIZER, max_seq_len, 1, quantize)
+    return llama.load(folder, TOKENIZER, max_seq_len, 1, dtype if dtype.startswith("int") else None)
 
 
 def speed(
@@ -116,6 +125,7 @@ def speed(
     new: int = 64,
     rounds: int = 3,
     folder: str | None = None,
+    peers: bool = False,
 ) -> None:
     """Print a table of memory and speed.
 
@@ -126,49 +136,56 @@ def speed(
         new: Tokens generated.
         rounds: How often each is measured.
         folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one.
+        peers: Take turns with llama.cpp and transformers, a dtype at a time; see peers.py.
     """
     where = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
     try:
         where.mkdir(exist_ok=True)
-        if not (where / "merged.pth").exists():
+        if not find_files(where):
             make_checkpoint(where, size)
-        measure(where, dtypes, prompt, new, rounds)
+        print(f"{torch.get_num_threads()} threads read memory at {bandwidth() / 1e9:.1f} GB/s")
+        print("| | weights | peak | load | prompt | generated | of the memory's speed |")
+        print("|---|---|---|---|---|---|---|")
+        if peers:
+            for dtype in dtypes:
+                others = [(peer, dtype) for peer in PEERS if not (peer, dtype) in MISSING]
+                measure(where, [("", dtype), *others], prompt, new, rounds)
+        else:
+            measure(where, [("", dtype) for dtype in dtypes], prompt, new, rounds)
     finally:
         if not folder:
             shutil.rmtree(where)
 
 
-def measure(folder: Path, dtypes: list[str], prompt: int, new: int, rounds: int) -> None:
-    children, loaded, times = {}, {}, {dtype: [] for dtype in dtypes}
-    for dtype in dtypes:
-        command = [sys.executable, __file__, "serve", str(folder), dtype, str(prompt), str(new)]
-        children[dtype] = subprocess.Popen(
+def measure(folder: Path, rows: list[tuple[str, str]], prompt: int, new: int, rounds: int) -> None:
+    children, loaded, times = {}, {}, {row: [] for row in rows}
+    for row in rows:
+        numbers = map(str, (prompt, new, prompt + new))
+        command = [sys.executable, __file__, "serve", row[0], str(folder), row[1], *numbers]
+        children[row] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        loaded[dtype] = json.loads(children[dtype].stdout.readline())
+        loaded[row] = json.loads(children[row].stdout.readline())
     for _ in range(rounds):
-        for dtype, child in children.items():
+        for row, child in children.items():
             print(file=child.stdin, flush=True)
-            times[dtype].append(json.loads(child.stdout.readline()))
+            times[row].append(json.loads(child.stdout.readline()))
     for child in children.values():
         child.communicate()
 
     read = bandwidth()
-    print(f"{torch.get_num_threads()} threads read memory at {read / 1e9:.1f} GB/s")
-    print("| dtype | weights | peak | load | prefill | decode | of bandwidth |")
-    print("|---|---|---|---|---|---|---|")
-    for dtype in dtypes:
-        n_bytes, peak, seconds, _ = loaded[dtype]
-        prefill, decode = (statistics.median(column) for column in zip(*times[dtype]))
+    for row in rows:
+        n_bytes, peak, seconds, plan = loaded[row]
+        prefill, decode = (statistics.median(column) for column in zip(*times[row]))
         rate = new / decode
         print(
-            f"| {dtype} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.1f} s "
-            f"| {prompt / prefill:.1f} tokens/s | {rate:.1f} tokens/s "
-            f"| {rate * n_bytes / read:.0%} |"
+            f"| {' '.join(row).strip()} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
+            f"| {seconds:.1f} s | {prompt / prefill:.1f} tokens/s | {rate:.1f} tokens/s "
+            f"| {rate * n_bytes / read:.0%} |",
+            flush=True,
         )
-    for dtype in dtypes:
-        for form, ways in loaded[dtype][3].items():
-            print(f"{dtype}, {form}: {ways}", file=sys.stderr)
+        for form, ways in plan.items():
+            print(f"{row[1]}, {form}: {ways}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 torch.set_default_dtype(torch.{dtype})
 before = peak()
-model = llama.load({str(tmp_path)!r}, {str(TOKENIZER)!r}, quantize={quantize!r}).model
-print(peak() - before, sum(t.nbytes for t in model.state_dict().values()))
+model = llama.load({str(tmp_path)!r}, {str(TOKENIZER)!r}, quantize={quantize!r})
+print(peak() - before, model.weight_bytes)
 """
     if not sys.platform.startswith("linux"):
         pytest.skip("VmHWM is Linux's")

@@ -41,7 +41,7 @@ def run_cases(cases: dict[str, tuple[str, str, str | None]]) -> dict:
         found[name] = {
             "texts": run.generate(PROMPTS, 20, temperature=0),
             "logits": run.model(TOKENS, 0),
-            "bytes": sum(tensor.nbytes for tensor in run.model.state_dict().values()),
+            "bytes": run.weight_bytes,
             "drawn": run.generate(PROMPTS, 20, temperature=1),
         }
     return found

@@ -7,24 +7,42 @@ from conftest import DEMO, TOKENIZER, random_weights, write_shards
 import llama
 from llama import linear
 from llama.checkpoint import merge
-from llama.linear import BF16Linear, Int4Linear, Int8Linear
+from llama.linear import BF16Linear, FP32Linear, Int4Linear, Int8Linear
 from llama.quantize import hadamard, rotate
 
 TOKENS = torch.randint(3, 2048, (2, 48), generator=torch.Generator().manual_seed(1))
-FORMS = {"bf16": BF16Linear, "int8": Int8Linear, "int4": Int4Linear}
+WAYS = {  # and how far each may be from the product with the matrix that its form holds
+    (FP32Linear, "rows", "plain"): 1e-6,
+    (FP32Linear, "rows", "onednn_rows"): 1e-6,
+    (FP32Linear, "onednn", "onednn"): 1e-6,
+    (BF16Linear, "rows", "plain"): 0.01,
+    (BF16Linear, "rows", "onednn_rows"): 0.01,
+    (BF16Linear, "rows", "unpack"): 0.005,
+    (BF16Linear, "onednn", "onednn"): 0.01,
+    (BF16Linear, "fbgemm", "fbgemm"): 0.005,
+    (Int8Linear, "rows", "int8pack"): 0.01,
+    (Int8Linear, "rows", "int_mm"): 0.02,
+    (Int8Linear, "rows", "unpack"): 1e-6,
+    (Int8Linear, "fbgemm", "fbgemm"): 2e-4,
+    (Int4Linear, "rows", "int_mm"): 0.02,
+    (Int4Linear, "rows", "unpack"): 1e-6,
+    (Int4Linear, "int4pack", "int4pack"): 0.01,
+    (Int4Linear, "int4pack", "int_mm"): 0.02,
+    (Int4Linear, "int4pack", "unpack"): 1e-6,
+}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
-def made(form: type, weight: torch.Tensor) -> linear.Form:
-    """A module of this form that holds the matrix."""
-    module = form(*weight.shape)
-    for name, buffer in form.quantize(weight).items():
-        setattr(module, name, buffer)
-    module.prepare()
-    return module
+def made(form: type[linear.Form], weight: torch.Tensor, layout: str = "rows") -> linear.Form:
+    """A module of this form that holds the matrix; skips where this CPU has no such layout."""
+    try:
+        with linear.packing():
+            return linear.holding(form, weight, layout)
+    except linear.UNAVAILABLE as error:
+        pytest.skip(f"not on this CPU: {error}")
 
 
 def dense(module: linear.Form) -> torch.Tensor:
@@ -71,18 +89,46 @@ def test_int4_groups_fit_int8_exactly():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
-@pytest.mark.parametrize("name", FORMS)
-def test_every_way_multiplies_by_the_same_matrix(name, n_tokens, dtype):
-    if name == "bf16" and dtype == torch.float32:
-        pytest.skip("bf16 weights come with bf16 activations")
-    module = made(FORMS[name], torch.randn(128, 256))
+@pytest.mark.parametrize(("form", "layout", "way"), WAYS)
+def test_every_way_multiplies_by_the_same_matrix(form, layout, way, n_tokens, dtype):
+    if form in (FP32Linear, BF16Linear) and dtype != form.dtype:
+        pytest.skip("these weights come with activations of their own type")
+    weight = torch.randn(128, 256)
     x = torch.randn(n_tokens, 256).to(dtype)
-    expected = x.float() @ dense(module).t()
-    bounds = {"int_mm": 0.02} | dict.fromkeys(("plain", "int8pack", "int4pack"), 0.01)
-    for way in module.ways:
-        y = getattr(module, way)(x)
-        assert y.dtype == dtype
-        assert relative_error(y, expected) < bounds.get(way, 1e-5 if dtype.itemsize == 4 else 0.01)
+    expected = x.float() @ dense(made(form, weight)).t()
+    try:
+        y = getattr(made(form, weight, layout), way)(x)
+    except linear.UNAVAILABLE as error:
+        pytest.skip(f"not on this CPU: {error}")
+    assert y.dtype == dtype
+    rounding = 0.005 if dtype == torch.bfloat16 else 0
+    assert relative_error(y, expected) < WAYS[form, layout, way] + rounding
+
+
+def test_all_ways_are_tested():
+    forms = {form for form, *_ in WAYS}
+    ways = {
+        (f, layout, way)
+        for f in forms
+        for layout in made(f, torch.ones(64, 64)).layouts
+        for way in made(f, torch.ones(64, 64)).layouts[layout]
+    }
+    assert ways == WAYS.keys()
+
+
+def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch):
+    monkeypatch.setattr(linear, "PIECE", 64 * 256)
+    weight, x = torch.randn(150, 256), torch.randn(3, 256)
+    for form in (BF16Linear, Int8Linear):
+        module = made(form, weight, "fbgemm")
+        assert len(module.packed) == 3
+        assert relative_error(module.fbgemm(x), x @ dense(made(form, weight)).t()) < 2e-4
+
+
+def test_weights_beyond_fp16_stay_bf16():
+    module = made(BF16Linear, torch.full((64, 64), 1e5))
+    linear.settle(module, "fbgemm", ((1, "fbgemm"),))
+    assert torch.equal(module(torch.ones(1, 64)), torch.full((1, 64), 64 * 99840.0))
 
 
 def test_two_int8_terms_are_as_good_as_unrounded_activations():
@@ -93,30 +139,48 @@ def test_two_int8_terms_are_as_good_as_unrounded_activations():
     assert relative_error(module.int_mm(x), x @ dense(module).t()) < 1e-3
 
 
-def test_a_missing_operator_leaves_the_plain_way(monkeypatch):
-    module = made(Int8Linear, torch.randn(64, 64))
+def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it():
+    x = torch.randn(2, 64)
+    first = linear.round_activations(x, 63, 2)
+    assert linear.round_activations(x, 63, 2) is first
+    q, s = linear.round_activations(x.clone().mul_(-2), 63, 2)
+    torch.testing.assert_close(linear.add_terms(q, s, 63), -2 * x, rtol=0, atol=1e-3)
 
-    def missing(x):
+
+@pytest.fixture
+def no_fbgemm(monkeypatch):
+    def missing(block, scales):
         raise RuntimeError("not implemented for this CPU")
 
-    monkeypatch.setattr(module, "int8pack", missing)
-    monkeypatch.setattr(module, "int_mm", missing)
-    assert linear.fastest(module, 1) == "unpack"
+    monkeypatch.setattr(linear, "pack_int8", missing)
 
 
-def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch):
-    module = made(Int8Linear, torch.randn(64, 64))
-    right = module.unpack
+def test_a_missing_operator_leaves_the_plain_way(monkeypatch, no_fbgemm):
+    def missing(self, x):
+        raise RuntimeError("not implemented for this CPU")
+
+    monkeypatch.setattr(Int8Linear, "int8pack", missing)
+    monkeypatch.setattr(Int8Linear, "int_mm", missing)
+    assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
+
+
+def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch, no_fbgemm):
     for way in ("int8pack", "int_mm"):
-        monkeypatch.setattr(module, way, lambda x: right(x) * 1.1)
-    assert linear.fastest(module, 1) == "unpack"
+        monkeypatch.setattr(Int8Linear, way, lambda self, x: self.unpack(x) * 1.1)
+    assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
 
-def test_an_unknown_4_bit_layout_leaves_the_plain_order(monkeypatch):
-    weight = torch.randn(128, 64)
-    expected = dense(made(Int4Linear, weight))
-    monkeypatch.setattr(linear, "int4_layout", lambda: None)
-    torch.testing.assert_close(dense(made(Int4Linear, weight)), expected)
+def test_an_unknown_4_bit_layout_leaves_its_operator(monkeypatch):
+    def unknown():
+        raise RuntimeError("not known")
+
+    module = made(Int4Linear, torch.randn(128, 64), "int4pack")
+    monkeypatch.setattr(linear, "int4_layout", unknown)
+    x = torch.randn(3, 64)
+    for way in ("int_mm", "unpack"):
+        with pytest.raises(RuntimeError, match="not known"):
+            getattr(module, way)(x)
+    assert module.int4pack(x).shape == (3, 128)
 
 
 @pytest.mark.parametrize("dim", [128, 160, 5 * 1024, 13 * 512])
@@ -178,6 +242,12 @@ def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     assert relative_error(model(tokens, 0), expected) < bound
 
 
+@pytest.fixture
+def not_packed(monkeypatch):
+    monkeypatch.setattr(llama.checkpoint, "tune", lambda model: {})
+
+
+@pytest.mark.usefixtures("not_packed")
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, tmp_path, quantize):
     expected = llama.load(checkpoint, TOKENIZER, quantize=quantize).model.state_dict()
@@ -185,10 +255,12 @@ def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, 
     (tmp_path / "params.json").write_bytes((checkpoint / "params.json").read_bytes())
     state = llama.load(tmp_path, TOKENIZER).model.state_dict()
     assert state.keys() == expected.keys()
+    assert "layers.0.attention.wq.weight" in state
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor)
 
 
+@pytest.mark.usefixtures("not_packed")
 def test_shards_quantize_to_what_their_whole_does(checkpoint, tmp_path):
     write_shards(tmp_path, random_weights(), 4)
     expected = llama.load(checkpoint, TOKENIZER, quantize="int8").model.state_dict()
