@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .errors import UserError, require
 from .model import KVCache, Transformer
-from .parallel import from_first
+from .parallel import agreed
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # a forward pass: enough for full speed, few enough for small activations
@@ -165,9 +165,8 @@ class LLaMA:
             begin = time.perf_counter()
             n_fed = sum(len(context.tokens) - context.n_cached for context in contexts)
             logits = self.advance(contexts)[:, : self.tokenizer.n_words]  # what is past is padding
-            tokens = from_first(
-                sample, logits, [context.tokens for context in contexts], sampling, generator
-            ).tolist()
+            sequences = [context.tokens for context in contexts]
+            tokens = agreed(sample(logits, sequences, sampling, generator)).tolist()
             seconds = time.perf_counter() - begin
             if n_steps == 0:
                 timings.prompt_tokens += n_fed

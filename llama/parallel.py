@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from .errors import UserError
 from .model import Transformer
 
 BEAT = 1.0  # seconds between a rank's signs of life
+FEW_TOKENS = 16  # up to here what ranks send one another takes the time of a message, not of bytes
 PATIENCE = 12  # beats without one, and a rank has died
 
 
@@ -32,6 +33,7 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    bind()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # `watch` sees to it
     store, rank, world = next(dist.rendezvous("env://"))
     forever = timedelta(days=365)  # `watch` finds out sooner than any timeout
@@ -92,16 +94,24 @@ def from_first(find: Callable, *args: object) -> Any:
     return found[0]
 
 
+def agreed(x: Tensor) -> Tensor:
+    """The first rank's x, on every rank: sampling may differ in a last bit between CPUs."""
+    if place()[1] > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 def connect(model: Transformer) -> None:
     """Let a model whose matrices are one of several ranks' shares compute what the whole does."""
 
     def add(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        dist.all_reduce(output)
+        if len(output) > FEW_TOKENS:  # bound by bytes, of which a ring moves fewer
+            dist.all_reduce(output)
+        else:
+            output.copy_(exchange(output).sum(0))
 
     def join(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        parts = [torch.empty_like(output) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, output)
-        return torch.cat(parts, -1)
+        return exchange(output).movedim(0, -2).flatten(-2)
 
     model.args.n_kv_heads //= dist.get_world_size()  # in the caches
     for layer in model.layers:
@@ -109,3 +119,30 @@ def connect(model: Transformer) -> None:
         layer.feed_forward.w2.register_forward_hook(add)
     model.tok_embeddings.register_forward_hook(join)
     model.output.register_forward_hook(join)
+
+
+def exchange(x: Tensor) -> Tensor:
+    """Every rank's x: (world, *x.shape). All at once: a ring would wait for one after another."""
+    world = dist.get_world_size()
+    parts = x.new_empty(world, *x.shape)
+    copies = x.expand(parts.shape).contiguous()
+    work = dist.all_to_all_single(parts, copies, async_op=True)
+    while not work.is_completed():  # a sleeping core would take longer to wake up
+        os.sched_yield()
+    work.wait()
+    return parts
+
+
+def bind() -> None:
+    """Keep the ranks of one machine to cores of their own, and to the memory nearest to them.
+
+    Else two of them meet on one core now and then, and all wait. What has bound this process to
+    fewer cores than there are, such as numactl, has its reasons.
+    """
+    rank, n_ranks = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
+    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
+    spans = [span.split("-") for node in nodes for span in node.read_text().strip().split(",")]
+    cores = [core for span in spans for core in range(int(span[0]), int(span[-1]) + 1)]
+    if n_ranks <= len(cores) and {*cores} == os.sched_getaffinity(0):
+        first, end = (n * len(cores) // n_ranks for n in (rank, rank + 1))
+        os.sched_setaffinity(0, cores[first:end])
