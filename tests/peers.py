@@ -123,4 +123,46 @@ def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
     return step
 
 
+class GGUFTokenizer:
+    """The tokenizer in a GGUF file, as transformers reads it; it puts no token before a text."""
+
+    def __init__(self, path: Path):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
+        return self.tokenizer.encode(s)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """A LLaMA in llama.cpp's format as params.json and consolidated.00.pth, in fp16."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    fields = {
+        "dim": "embedding_length",
+        "n_layers": "block_count",
+        "n_heads": "attention.head_count",
+        "n_kv_heads": "attention.head_count_kv",
+        "multiple_of": "feed_forward_length",
+        "norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+        "vocab_size": "vocab_size",
+    }
+    params = {key: reader.fields[f"llama.{field}"].contents() for key, field in fields.items()}
+    (folder / "params.json").write_text(json.dumps(params))
+    tensors = {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
+        for tensor in reader.tensors
+    }
+    tensors.setdefault("output.weight", tensors["token_embd.weight"])
+    with torch.device("meta"):
+        names = llama.Transformer(llama.ModelArgs(**params)).state_dict()
+    torch.save({name: tensors[rename(name, 0)] for name in names}, folder / "consolidated.00.pth")
+
+
 PEERS = {"llama.cpp": llama_cpp, "transformers": transformers}

@@ -18,7 +18,7 @@ import llama
 from llama.chat import STYLES, Chat
 from llama.checkpoint import merge
 from llama.generation import Sampling
-from llama.parallel import joined, place
+from llama.parallel import cores_by_node, joined, place
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
 TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -240,3 +240,11 @@ if __name__ == "__main__":  # one rank of the fixture `ranks`
     with joined():
         folder = Path(sys.argv[1])
         torch.save(run_cases(torch.load(folder / "cases")), folder / f"found.{place()[0]}")
+
+
+def test_ranks_are_bound_socket_by_socket(tmp_path):
+    for node, spans in (("node0", "0-1,4-5"), ("node1", "2-3,6"), ("node2", "")):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(spans + "\n")
+    assert cores_by_node(tmp_path) == [0, 1, 4, 5, 2, 3, 6]
+    assert cores_by_node(tmp_path / "not there") == []
