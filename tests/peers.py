@@ -156,7 +156,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     params = {key: reader.fields[f"llama.{field}"].contents() for key, field in fields.items()}
     (folder / "params.json").write_text(json.dumps(params))
     tensors = {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
+        tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
         for tensor in reader.tensors
     }
     tensors.setdefault("output.weight", tensors["token_embd.weight"])
