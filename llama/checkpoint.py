@@ -1,8 +1,8 @@
 """How weights lie on disk: finding them, reading them block by block, merging their shards.
 
 Meta's checkpoints are zip files written by torch.save. Their index alone is unpickled
-(weights_only, onto the meta device); the bytes of each tensor are then read from where the index says they lie, a
-block of rows at a time, straight into the tensor's final form.
+(weights_only, onto the meta device); the bytes of each tensor are then read from where the index
+says they lie, a block of rows at a time, straight into the tensor's final form.
 """
 
 import json

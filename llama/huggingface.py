@@ -102,6 +102,15 @@ def to_params(config: dict, path: Path) -> dict:
     return params
 
 
+def foreign_name(name: str) -> str:
+    """Hugging Face's name for a weight of Meta's."""
+    if name == "output.weight":
+        return "lm_head.weight"
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"model.{name}"
+
+
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """Name, place, shape and type of each tensor of a safetensors file, without its bytes.
 
@@ -141,9 +150,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Weight], dict]:
         model = Transformer(args)
     weights = {}
     for name, weight in model.state_dict().items():
-        theirs = "lm_head.weight" if name == "output.weight" else f"model.{name}"
-        for ours, replacement in NAMES.items():
-            theirs = theirs.replace(ours, replacement)
+        theirs = foreign_name(name)
         place = stored.pop(theirs, None)
         if place is None or place.shape != weight.shape:
             shape = tuple(weight.shape)

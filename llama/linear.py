@@ -84,7 +84,9 @@ class Form(nn.Module):
         return out
 
 
-def row_blocks(n_rows: int, n_columns: int, size: int = BLOCK, multiple: int = 64):
+def row_blocks(
+    n_rows: int, n_columns: int, size: int = BLOCK, multiple: int = 64
+) -> Iterator[slice]:
     """Slices of rows that have about `size` numbers each."""
     step = max(multiple, size // n_columns // multiple * multiple)
     for start in range(0, n_rows, step):

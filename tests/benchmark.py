@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
 from llama import linear, memory
-from llama.checkpoint import find_files, read_index, reserve
-from llama.quantize import form_of
+from llama.checkpoint import find_files, layout, read_index, reserve
 from model.demo.train import bits_per_byte, read
 from tests.peers import PEERS, GGUFTokenizer, convert_gguf
 
@@ -58,13 +57,9 @@ def make_checkpoint(folder: Path, size: str, quantize: str | None) -> None:
     params |= {"norm_eps": 1e-6, "vocab_size": 32000}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
-    state = {}
     with torch.device("meta"):
         plain = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
-        for name, tensor in plain.items():
-            form = quantize and form_of(name, tensor.shape, quantize)
-            stem = name.removesuffix("weight")
-            state |= form(*tensor.shape).state_dict(prefix=stem) if form else {name: tensor}
+    state = layout(plain, None, quantize)
     path = folder / "merged.pth"
     reserve(path, state)
     with path.open("r+b", buffering=0) as file:
@@ -170,9 +165,9 @@ def score(folder: Path, tokenizer: llama.Tokenizer | GGUFTokenizer, texts: list[
 
 def forced(way: str, module: linear.Form) -> tuple[str, linear.Plan]:
     """What `linear.choose` would say if only this way were there."""
-    for layout, ways in module.layouts.items():
+    for where, ways in module.layouts.items():
         if way in ways:
-            return layout, ((1, way),)
+            return where, ((1, way),)
     return "rows", module.plan
 
 
@@ -211,22 +206,28 @@ def speed(
         for dtype, where in folders.items():
             if not find_files(where):
                 make_checkpoint(where, size, forms[dtype])
-        print(f"{torch.get_num_threads()} threads read memory at {bandwidth() / 1e9:.1f} GB/s")
+        read = bandwidth()
+        print(f"{torch.get_num_threads()} threads read memory at {read / 1e9:.1f} GB/s")
         print("| | weights | peak | load | prompt | generated | of the memory's speed |")
         print("|---|---|---|---|---|---|---|")
         if peers:
             for dtype in dtypes:
-                others = [(peer, dtype) for peer in PEERS if not (peer, dtype) in MISSING]
-                measure(folders, [("", dtype), *others], prompt, new, rounds)
+                others = [(peer, dtype) for peer in PEERS if (peer, dtype) not in MISSING]
+                measure(folders, [("", dtype), *others], prompt, new, rounds, read)
         else:
-            measure(folders, [("", dtype) for dtype in dtypes], prompt, new, rounds)
+            measure(folders, [("", dtype) for dtype in dtypes], prompt, new, rounds, read)
     finally:
         if not folder:
             shutil.rmtree(root)
 
 
 def measure(
-    folders: dict[str, Path], rows: list[tuple[str, str]], prompt: int, new: int, rounds: int
+    folders: dict[str, Path],
+    rows: list[tuple[str, str]],
+    prompt: int,
+    new: int,
+    rounds: int,
+    read: float,
 ) -> None:
     children, loaded, times = {}, {}, {row: [] for row in rows}
     for row in rows:
@@ -251,7 +252,6 @@ def measure(
     for child in children.values():
         child.communicate()
 
-    read = bandwidth()
     for row in rows:
         n_bytes, peak, seconds, plan = loaded[row]
         prefill, decode = (statistics.median(column) for column in zip(*times[row]))

@@ -12,32 +12,31 @@ import torch
 
 import llama
 from llama.checkpoint import open_checkpoint
+from llama.huggingface import foreign_name
 
-PARTS = {  # Meta's names, and llama.cpp's and transformers'
-    "tok_embeddings": ("token_embd", "model.embed_tokens"),
-    "norm": ("output_norm", "model.norm"),
-    "output": ("output", "lm_head"),
-    "attention.wq": ("attn_q", "self_attn.q_proj"),
-    "attention.wk": ("attn_k", "self_attn.k_proj"),
-    "attention.wv": ("attn_v", "self_attn.v_proj"),
-    "attention.wo": ("attn_output", "self_attn.o_proj"),
-    "feed_forward.w1": ("ffn_gate", "mlp.gate_proj"),
-    "feed_forward.w2": ("ffn_down", "mlp.down_proj"),
-    "feed_forward.w3": ("ffn_up", "mlp.up_proj"),
-    "attention_norm": ("attn_norm", "input_layernorm"),
-    "ffn_norm": ("ffn_norm", "post_attention_layernorm"),
+GGUF_NAMES = {  # Meta's names, and what llama.cpp has in their place
+    "layers.": "blk.",
+    "tok_embeddings": "token_embd",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
 }
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 Step = Callable[[list[int], int], object]  # feed tokens at a position
 
 
-def rename(name: str, column: int) -> str:
-    """The peer's name for a weight of Meta's."""
-    path = name.removesuffix(".weight").split(".")
-    if path[0] != "layers":
-        return f"{PARTS[path[0]][column]}.weight"
-    layer = (f"blk.{path[1]}.", f"model.layers.{path[1]}.")[column]
-    return f"{layer}{PARTS['.'.join(path[2:])][column]}.weight"
+def gguf_name(name: str) -> str:
+    """llama.cpp's name for a weight of Meta's."""
+    if name == "norm.weight":
+        return "output_norm.weight"
+    for ours, theirs in GGUF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def write_gguf(folder: Path, dtype: str) -> Path:
@@ -66,7 +65,7 @@ def write_gguf(folder: Path, dtype: str) -> Path:
     for name, weight in weights.items():
         values = weight.read(torch.float32).numpy()
         kind = matrix_type if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(rename(name, 0), gguf.quantize(values, kind), raw_dtype=kind)
+        writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -108,7 +107,7 @@ def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = open_checkpoint([folder / "merged.pth"])
-    state = {rename(name, 1): w.read(getattr(torch, dtype)) for name, w in weights.items()}
+    state = {foreign_name(name): w.read(getattr(torch, dtype)) for name, w in weights.items()}
     model.load_state_dict(state, assign=True)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config)  # its angles were on the meta device, too
@@ -162,7 +161,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tensors.setdefault("output.weight", tensors["token_embd.weight"])
     with torch.device("meta"):
         names = llama.Transformer(llama.ModelArgs(**params)).state_dict()
-    torch.save({name: tensors[rename(name, 0)] for name in names}, folder / "consolidated.00.pth")
+    torch.save({name: tensors[gguf_name(name)] for name in names}, folder / "consolidated.00.pth")
 
 
 PEERS = {"llama.cpp": llama_cpp, "transformers": transformers}

@@ -1,7 +1,7 @@
 """A long talk with the demo model, and many tokens: python tests/soak.py [N_TURNS N_TOKENS].
 
-Memory must stay flat while contexts overflow, replies must be what a cache begun anew gives from the
-tokens kept, and logits must be finite in each type. No test: it takes minutes, and prints.
+Memory must stay flat while contexts overflow, replies must be what a cache begun anew gives from
+the tokens kept, and logits must be finite in each type. No test: it takes minutes, and prints.
 """
 
 import random

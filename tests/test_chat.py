@@ -84,7 +84,8 @@ def test_the_ids_of_the_talk_are_those_of_its_whole_text(model, say):
     chat = new_chat(model, max_gen_len=50)
     for line in ("Hi, who are you?", "Tell me a story"):
         "".join(chat.reply(line))
-    whole = "Kind.\n\nUser: Hi, who are you?\nAI: Hello there\nUser: Tell me a story\nAI: A story? Why not!"
+    whole = "Kind.\n\nUser: Hi, who are you?\nAI: Hello there\n"
+    whole += "User: Tell me a story\nAI: A story? Why not!"
     assert chat.context.tokens == model.tokenizer.encode(whole, bos=True, eos=False)
 
 

@@ -196,7 +196,7 @@ def test_hadamard_matrices_are_orthogonal_signs():
 
 
 def test_rotating_changes_nothing_in_fp32(checkpoint, weights, tmp_path):
-    """The model with gains folded and its residual stream turned, in fp32, against the plain one."""
+    """With gains folded and the residual stream turned, in fp32, against the plain model."""
     dim = weights["norm.weight"].numel()
     r = rotate(torch.eye(dim))
     turned = {}

@@ -1,7 +1,7 @@
 """Train the demo model: `python -m model.demo.train --data DIR` in the repository's root.
 
-DIR holds train.jsonl and valid.jsonl, a {"title": ..., "story": ...} a line. Writes tokenizer.model,
-params.json and consolidated.00.pth, Meta's layout in fp16, into --output_dir.
+DIR holds train.jsonl and valid.jsonl, a {"title": ..., "story": ...} a line. Writes
+tokenizer.model, params.json and consolidated.00.pth, Meta's layout in fp16, into --output_dir.
 """
 
 import json
