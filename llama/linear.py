@@ -7,13 +7,14 @@ Operators that are not PyTorch's public API are used in this file alone, and lef
 are missing or wrong.
 """
 
+import copy
 import functools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ClassVar
 
 import torch
@@ -24,12 +25,13 @@ from . import memory
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
-PIECE = 2**22  # weights packed at a time: bounds the memory that it takes
+PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
-TRIAL = 2**23  # weights of the matrix that they are timed on
+TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
+RUNS = 8  # of which the shortest counts
 UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, on this CPU
 
 
@@ -179,7 +181,7 @@ class Int8Linear(Form):
 
     def int8pack(self, x: Tensor) -> Tensor:
         """Weights int8, activations bf16."""
-        if self.in_features % 8:
+        if self.in_features % 16:
             raise RuntimeError("PyTorch 2.13 reads past the end of such rows")
         y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales.bfloat16())
         return y.type_as(x)
@@ -197,14 +199,29 @@ class Int8Linear(Form):
         return iter([(slice(None), self.weight)])
 
     def fbgemm(self, x: Tensor) -> Tensor:
-        """Activations in two terms of 7 bits, whose sums stay exact on CPUs without VNNI, too.
+        """Activations as in `int_mm`, or in two terms of 7 bits.
 
         For a few tokens the second is nearly free: they are bound by reading the weights.
         """
-        q, s = round_activations(x.float(), 63, 2)
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = join([multiply(q, 1.0, 64, piece) for piece in self.packed])
-        return add_terms(y, s, 63).type_as(x)
+        limit = fbgemm_limit()
+        q, s = round_activations(x.float(), limit, 2 if self.precise or limit < 127 else 1)
+        y = join([multiply_int8(q, piece, limit) for piece in self.packed])
+        return add_terms(y, s, limit).type_as(x)
+
+
+@functools.cache
+def fbgemm_limit() -> int:
+    """Up to which activations FBGEMM is exact: without VNNI it sums two products in 16 bits."""
+    block = torch.full((64, 64), 127, dtype=torch.int8)
+    with packing():
+        y = multiply_int8(torch.full((1, 64), 127.0), pack_int8(block, torch.ones(64)), 127)
+    return 127 if bool((y == 64 * 127 * 127).all()) else 63
+
+
+def multiply_int8(q: Tensor, piece: object, limit: int) -> Tensor:
+    """fp32 q W^T, for whole numbers of up to +-limit."""
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return multiply(q, 1.0, limit + 1, piece)
 
 
 def pack_int8(block: Tensor, scales: Tensor) -> object:
@@ -231,9 +248,9 @@ round_activations = functools.lru_cache(maxsize=1)(round_rows)
 
 
 def add_terms(y: Tensor, s: Tensor, limit: int) -> Tensor:
-    """What `round_rows` took apart: s y, or s (y[:n] + y[n:] / (2 limit))."""
+    """What `round_rows` took apart: s y, in place, or s (y[:n] + y[n:] / (2 limit))."""
     n = len(s)
-    return (y if len(y) == n else torch.add(y[:n], y[n:], alpha=1 / (2 * limit))) * s
+    return (y if len(y) == n else torch.add(y[:n], y[n:], alpha=1 / (2 * limit))).mul_(s)
 
 
 class Int4Linear(Int8Linear):
@@ -385,7 +402,8 @@ def tune(model: nn.Module) -> dict[str, str]:
         for modules in kinds.values():
             largest = max(modules, key=lambda module: module.out_features * module.in_features)
             layout, plan = choose(largest)
-            list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
+            with memory.without_holes():
+                list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
             name = type(largest).__name__ + (" (w2)" if largest.precise else "")
             chosen[name] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
     return chosen
@@ -398,7 +416,7 @@ def packing() -> Iterator[None]:
     That PyTorch will do away with these some day is nothing to tell the user at each start.
     """
     before = torch.backends.quantized.engine
-    with warnings.catch_warnings(), memory.without_holes():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if "fbgemm" in torch.backends.quantized.supported_engines:
             torch.backends.quantized.engine = "fbgemm"
@@ -431,25 +449,27 @@ def choose(module: Form) -> tuple[str, Plan]:
     weight = torch.randn(n_rows, module.in_features)
     inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
     inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
-    other = torch.ones(min(OTHER, 8 * weight.numel()))
-    expected = holding(type(module), weight)(inputs[1]).float()
+    in_rows = holding(type(module), weight)
+    in_rows.precise = module.precise
+    expected = in_rows(inputs[1]).float()
+    del weight
+    ways = {}
+    for layout, names in module.layouts.items():
+        with suppress(*UNAVAILABLE):
+            trial = copy.deepcopy(in_rows)
+            trial.pack(layout)
+            every = {(layout, name): getattr(trial, name) for name in names}
+            ways |= {key: way for key, way in every.items() if is_right(way, inputs[1], expected)}
+    other = torch.ones(min(OTHER, 8 * n_rows * module.in_features))
+    seconds = {n: least_times(ways, x, other) for n, x in inputs.items()}
+
     best = (math.inf, "rows", module.plan)
-    for layout, ways in module.layouts.items():
-        try:
-            trial = holding(type(module), weight, layout)
-        except UNAVAILABLE:
-            continue
-        trial.precise = module.precise
-        ways = [way for way in ways if is_right(getattr(trial, way), inputs[1], expected)]
+    for layout in dict.fromkeys(layout for layout, _ in ways):
         plan, cost = [], {}
-        for n, x in inputs.items():
-            seconds = {way: least_time(getattr(trial, way), x, other) for way in ways}
-            way = min(seconds, key=seconds.__getitem__, default="")
-            cost[n] = seconds.get(way, math.inf)
+        for n, times in seconds.items():
+            cost[n], way = min((s, way) for (where, way), s in times.items() if where == layout)
             if not plan or plan[-1][1] != way:
                 plan.append((n, way))
-            if n > 4:  # what is far behind by now stays so, and may take long
-                ways = [way for way in ways if seconds[way] < 5 * cost[n]]
         best = min(best, (64 * cost[1] + cost[128], layout, tuple(plan)))  # a prompt, 64 new tokens
     return best[1:]
 
@@ -470,12 +490,17 @@ def is_right(multiply: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) 
         return False
 
 
-def least_time(multiply: Callable[[Tensor], Tensor], x: Tensor, other: Tensor) -> float:
-    """Seconds, of some runs, with `other` read before each."""
-    seconds: list[float] = []
-    while len(seconds) < 2 or len(seconds) < 16 and sum(seconds) < 0.02:
-        other.sum()
-        begin = time.perf_counter()
-        multiply(x)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+def least_times(ways: dict[tuple, Callable], x: Tensor, other: Tensor) -> dict[tuple, float]:
+    """Seconds that each takes, of runs in turn, with `other` read before each.
+
+    What is far behind after the first runs is not run again.
+    """
+    least = dict.fromkeys(ways, math.inf)
+    for turn in range(RUNS):
+        for key, multiply in ways.items():
+            if turn < 2 or least[key] < 2 * min(least.values()):
+                other.sum()
+                begin = time.perf_counter()
+                multiply(x)
+                least[key] = min(least[key], time.perf_counter() - begin)
+    return least

@@ -23,7 +23,7 @@ WAYS = {  # and how far each may be from the product with the matrix that its fo
     (Int8Linear, "rows", "int8pack"): 0.01,
     (Int8Linear, "rows", "int_mm"): 0.02,
     (Int8Linear, "rows", "unpack"): 1e-6,
-    (Int8Linear, "fbgemm", "fbgemm"): 2e-4,
+    (Int8Linear, "fbgemm", "fbgemm"): 0.02,
     (Int4Linear, "rows", "int_mm"): 0.02,
     (Int4Linear, "rows", "unpack"): 1e-6,
     (Int4Linear, "int4pack", "int4pack"): 0.01,
@@ -121,6 +121,7 @@ def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch):
     weight, x = torch.randn(150, 256), torch.randn(3, 256)
     for form in (BF16Linear, Int8Linear):
         module = made(form, weight, "fbgemm")
+        module.precise = True
         assert len(module.packed) == 3
         assert relative_error(module.fbgemm(x), x @ dense(made(form, weight)).t()) < 2e-4
 
@@ -131,12 +132,35 @@ def test_weights_beyond_fp16_stay_bf16():
     assert torch.equal(module(torch.ones(1, 64)), torch.full((1, 64), 64 * 99840.0))
 
 
-def test_two_int8_terms_are_as_good_as_unrounded_activations():
-    module = made(Int8Linear, torch.randn(128, 256))
+def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise():
+    module = made(Int8Linear, torch.randn(64, 40))
+    with pytest.raises(RuntimeError):
+        module.int8pack(torch.ones(1, 40))
+    _, plan = linear.choose(module)
+    assert "int8pack" not in {way for _, way in plan}
+
+
+@pytest.mark.parametrize("layout", ["rows", "fbgemm"])
+def test_two_int8_terms_are_as_good_as_unrounded_activations(layout):
+    weight = torch.randn(128, 256)
+    module = made(Int8Linear, weight, layout)
     module.precise = True
     x = torch.randn(8, 256)
     x[:, 3] *= 100  # an outlier channel, as real models have
-    assert relative_error(module.int_mm(x), x @ dense(module).t()) < 1e-3
+    y = module.int_mm(x) if layout == "rows" else module.fbgemm(x)
+    assert relative_error(y, x @ dense(made(Int8Linear, weight)).t()) < 1e-3
+
+
+def test_fbgemm_is_exact_up_to_the_limit_of_this_cpu_and_in_two_terms_below_it(monkeypatch):
+    module = made(Int8Linear, torch.full((64, 256), 127.0), "fbgemm")
+    limit = linear.fbgemm_limit()
+    q = torch.full((2, 256), float(limit))
+    assert torch.equal(
+        linear.multiply_int8(q, module.packed[0], limit), torch.full((2, 64), limit * 127 * 256.0)
+    )
+    monkeypatch.setattr(linear, "fbgemm_limit", lambda: 63)
+    x = torch.randn(8, 256)
+    assert relative_error(module.fbgemm(x), x @ torch.full((256, 64), 127.0)) < 1e-3
 
 
 def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it():
