@@ -315,11 +315,10 @@ class Int4Linear(Int8Linear):
     def step_and_low(self, rows: slice) -> tuple[Tensor, Tensor]:
         """int8 (n_groups, n_rows), both."""
         if "groups" in self._buffers:
-            step, low = self.groups[rows].permute(2, 1, 0)
-            return step, low
+            return self.groups[rows].permute(2, 1, 0).contiguous().unbind()
         # Exact: bf16 keeps 8 bits, and step and low + 8 * step are whole numbers below 128.
-        both = (self.scales_and_zeros[:, rows].float() / self.scales[rows, None]).round_()
-        step, zero = both.to(torch.int8).unbind(2)
+        both = self.scales_and_zeros[:, rows].permute(2, 0, 1).contiguous().float()
+        step, zero = both.div_(self.scales[rows]).round_().to(torch.int8)
         return step, zero - 8 * step
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -366,12 +365,11 @@ def unpack_int4(packed: Tensor, interleaved: int | None) -> Tensor:
     """(n_rows, in_features / 2) bytes, in either order, to int8 (in_features, n_rows)."""
     if interleaved is None:
         return torch.stack([packed & 15, packed >> 4], 2).flatten(1).t().to(torch.int8)
-    in_features, half = packed.shape[1] * 2, interleaved // 2
-    halves = packed.view(-1, in_features, half).transpose(0, 1)  # (in_features, n_blocks, half)
-    out = torch.empty(in_features, halves.shape[1], 2, half, dtype=torch.uint8)
-    torch.bitwise_and(halves, 15, out=out[:, :, 0])
-    torch.bitwise_right_shift(halves, 4, out=out[:, :, 1])
-    return out.view(torch.int8).view(in_features, -1)
+    in_features, words = packed.shape[1] * 2, interleaved // 16  # of 8 rows
+    out = torch.empty(in_features, len(packed) // interleaved, 2, words, dtype=torch.int64)
+    for half, q in enumerate((packed & 15, packed >> 4)):
+        out[:, :, half] = q.view(torch.int64).view(-1, in_features, words).transpose(0, 1)
+    return out.view(torch.int8).flatten(1)
 
 
 class Int8Embedding(nn.Module):
@@ -445,14 +443,13 @@ def settle(module: Form, layout: str, plan: Plan) -> None:
 
 def choose(module: Form) -> tuple[str, Plan]:
     """The layout and the plan that take the least time, tried on a few rows of this width."""
-    n_rows = min(module.out_features, TRIAL // module.in_features // 64 * 64)
-    weight = torch.randn(n_rows, module.in_features)
+    n_rows = min(module.out_features, TRIAL // module.in_features // 512 * 512 or 64)
+    copies = math.gcd(n_rows, 512) // 64 or 1
     inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
     inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
-    in_rows = holding(type(module), weight)
+    in_rows = holding(type(module), torch.randn(n_rows // copies, module.in_features), copies)
     in_rows.precise = module.precise
     expected = in_rows(inputs[1]).float()
-    del weight
     ways = {}
     for layout, names in module.layouts.items():
         with suppress(*UNAVAILABLE):
@@ -474,12 +471,11 @@ def choose(module: Form) -> tuple[str, Plan]:
     return best[1:]
 
 
-def holding(form: type[Form], weight: Tensor, layout: str = "rows") -> Form:
-    """A module of a form that holds an fp32 matrix, in a layout (for which: `packing`)."""
-    module = form(*weight.shape)
+def holding(form: type[Form], weight: Tensor, copies: int = 1) -> Form:
+    """A module of a form that holds an fp32 matrix, or several of it one below the other."""
+    module = form(len(weight) * copies, weight.shape[1])
     for name, buffer in form.quantize(weight).items():
-        setattr(module, name, buffer)
-    module.pack(layout)
+        setattr(module, name, buffer.repeat(copies, *[1] * (buffer.dim() - 1)))
     return module
 
 

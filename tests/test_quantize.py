@@ -40,7 +40,9 @@ def made(form: type[linear.Form], weight: torch.Tensor, layout: str = "rows") ->
     """A module of this form that holds the matrix; skips where this CPU has no such layout."""
     try:
         with linear.packing():
-            return linear.holding(form, weight, layout)
+            module = linear.holding(form, weight)
+            module.pack(layout)
+            return module
     except linear.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
 
