@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import memory
 from .errors import UserError, require
 from .generation import LLaMA
-from .linear import Int4Linear, Int8Linear, tune, weight_bytes
+from .linear import Int4Linear, Int8Linear, mixed, tune, weight_bytes
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
 from .quantize import form_of, norm_before, turned, use_forms
@@ -392,7 +392,8 @@ def share(name: str, weight: Weight, rank: int, world: int) -> Weight:
     dim = SPLIT_DIM.get(name.split(".")[-2])
     if world == 1 or dim is None or dim >= len(weight.shape):
         return weight
-    if weight.shape[dim] % world:
+    quantized_w2 = name.endswith("w2.weight") and weight.dtype == torch.int8
+    if weight.shape[dim] % (world * (mixed(weight.shape[dim]) if quantized_w2 else 1)):
         raise UserError(f"{world} ranks cannot share {name} of shape {tuple(weight.shape)} alike")
     return weight.part(rank, world)
 

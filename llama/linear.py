@@ -28,6 +28,7 @@ BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
 PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
+MIXED = 64  # inputs of w2 that are mixed: as many as ranks that share a quantized one leave whole
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
@@ -43,7 +44,7 @@ class Form(nn.Module):
     """
 
     layouts: ClassVar[dict[str, tuple[str, ...]]] = {"rows": ("unpack",)}
-    precise = False  # activations must not be rounded to one int8 term
+    mixes = False  # W was mixed on its input side, so that x has to be
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__()
@@ -65,6 +66,8 @@ class Form(nn.Module):
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mixes:
+            x = mix(x.float()).type_as(x)
         way = next(way for n_tokens, way in reversed(self.plan) if n_tokens <= len(x))
         return getattr(self, way)(x)
 
@@ -84,6 +87,25 @@ class Form(nn.Module):
             scale = self.scale(rows)
             out[:, rows] = y if scale is None else y * scale
         return out
+
+
+@functools.cache
+def hadamard(n: int) -> Tensor:
+    """Orthogonal and symmetric (n, n) of +-1 / sqrt(n), n a power of two (by Sylvester)."""
+    h = torch.ones(1, 1, dtype=torch.float32)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / math.sqrt(n)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Each `mixed` neighbours of fp32 (..., n) times a Hadamard matrix, which is its own inverse."""
+    size = mixed(x.shape[-1])
+    return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
+
+
+def mixed(n: int) -> int:
+    return min(MIXED, n & -n)  # a power of two that divides n
 
 
 def row_blocks(
@@ -187,8 +209,8 @@ class Int8Linear(Form):
         return y.type_as(x)
 
     def int_mm(self, x: Tensor) -> Tensor:
-        """Activations int8 as well, one scale a token; a second term where it must be precise."""
-        q, s = round_activations(x.float(), 127, 2 if self.precise else 1)
+        """Activations int8 as well, one scale a token."""
+        q, s = round_activations(x.float(), 127)
         q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks_to_multiply():
             y = add_terms(torch._int_mm(q, block.t()).float(), s, 127)
@@ -204,7 +226,7 @@ class Int8Linear(Form):
         For a few tokens the second is nearly free: they are bound by reading the weights.
         """
         limit = fbgemm_limit()
-        q, s = round_activations(x.float(), limit, 2 if self.precise or limit < 127 else 1)
+        q, s = round_activations(x.float(), limit, 1 if limit == 127 else 2)
         y = join([multiply_int8(q, piece, limit) for piece in self.packed])
         return add_terms(y, s, limit).type_as(x)
 
@@ -393,7 +415,7 @@ def tune(model: nn.Module) -> dict[str, str]:
     kinds: dict[tuple, list[Form]] = {}
     for module in model.modules():
         if isinstance(module, Form):
-            kind = (type(module), tuple(module.layouts), module.precise)
+            kind = (type(module), tuple(module.layouts))
             kinds.setdefault(kind, []).append(module)
     chosen = {}
     with packing(), ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
@@ -402,8 +424,7 @@ def tune(model: nn.Module) -> dict[str, str]:
             layout, plan = choose(largest)
             with memory.without_holes():
                 list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
-            name = type(largest).__name__ + (" (w2)" if largest.precise else "")
-            chosen[name] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
+            chosen[type(largest).__name__] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
     return chosen
 
 
@@ -448,7 +469,6 @@ def choose(module: Form) -> tuple[str, Plan]:
     inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
     inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
     in_rows = holding(type(module), torch.randn(n_rows // copies, module.in_features), copies)
-    in_rows.precise = module.precise
     expected = in_rows(inputs[1]).float()
     ways = {}
     for layout, names in module.layouts.items():

