@@ -5,7 +5,9 @@ by inputs, so that its partial results are summed: two all-reduces a layer (Mega
 1909.08053, section 3). torchrun starts the ranks; a process alone is rank 0 of 1, and pays nothing.
 """
 
+import mmap
 import os
+import platform
 import signal
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,7 +26,8 @@ from .errors import UserError
 from .model import Transformer
 
 BEAT = 1.0  # seconds between a rank's signs of life
-FEW_TOKENS = 16  # up to here what ranks send one another takes the time of a message, not of bytes
+SLOT = 2**20  # bytes up to which what ranks send one another takes the time of a message
+PAGE = mmap.PAGESIZE
 PATIENCE = 12  # beats without one, and a rank has died
 
 
@@ -103,15 +107,19 @@ def agreed(x: Tensor) -> Tensor:
 
 def connect(model: Transformer) -> None:
     """Let a model whose matrices are one of several ranks' shares compute what the whole does."""
+    board = Board() if Board.possible() else None
+
+    def gather(x: Tensor) -> Tensor:
+        return board.gather(x) if board and x.nbytes <= SLOT else gather_by_gloo(x)
 
     def add(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if len(output) > FEW_TOKENS:  # bound by bytes, of which a ring moves fewer
+        if output.nbytes > SLOT:  # bound by bytes, of which a ring moves fewer
             dist.all_reduce(output)
         else:
-            output.copy_(exchange(output).sum(0))
+            torch.sum(gather(output), 0, out=output)
 
     def join(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        return exchange(output).movedim(0, -2).flatten(-2)
+        return torch.cat(tuple(gather(output)), -1)
 
     model.args.n_kv_heads //= dist.get_world_size()  # in the caches
     for layer in model.layers:
@@ -121,7 +129,40 @@ def connect(model: Transformer) -> None:
     model.output.register_forward_hook(join)
 
 
-def exchange(x: Tensor) -> Tensor:
+class Board:
+    """Memory that all ranks share, if they are on one machine: each writes where all others read.
+
+    A message through it takes microseconds, not a tenth of a millisecond. Two sides take turns: who
+    writes on one again has seen all others write on the other, and so be done with reading this.
+    """
+
+    @staticmethod
+    def possible() -> bool:
+        together = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+        in_order = platform.machine() == "x86_64"  # a core sees another's writes as they were made
+        return together and in_order and hasattr(os, "memfd_create")
+
+    def __init__(self):
+        self.rank, world = place()
+        path = from_first(lambda: f"/proc/{os.getpid()}/fd/{os.memfd_create('board')}")
+        with open(path, "r+b") as file:
+            file.truncate(PAGE + 2 * world * SLOT)
+            shared = mmap.mmap(file.fileno(), PAGE + 2 * world * SLOT)
+        self.turns = memoryview(shared)[: 8 * world].cast("q")  # of each rank, how many it wrote
+        self.sides = torch.frombuffer(shared, dtype=torch.uint8, offset=PAGE).view(2, world, SLOT)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, valid until the next call but one: (world, *x.shape)."""
+        turn = self.turns[self.rank] + 1
+        parts = self.sides[turn % 2, :, : x.nbytes].view(x.dtype).unflatten(1, x.shape)
+        parts[self.rank] = x
+        self.turns[self.rank] = turn
+        while min(self.turns) < turn:
+            os.sched_yield()
+        return parts
+
+
+def gather_by_gloo(x: Tensor) -> Tensor:
     """Every rank's x: (world, *x.shape). All at once: a ring would wait for one after another."""
     world = dist.get_world_size()
     parts = x.new_empty(world, *x.shape)
