@@ -42,6 +42,8 @@ def joined() -> Iterator[None]:
     store, rank, world = next(dist.rendezvous("env://"))
     forever = timedelta(days=365)  # `watch` finds out sooner than any timeout
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=forever)
+    global board
+    board = Board() if Board.possible() else None
     done = Event()
     watcher = Thread(target=watch, args=(store, rank, world, done), daemon=True)
     watcher.start()
@@ -100,17 +102,11 @@ def from_first(find: Callable, *args: object) -> Any:
 
 def agreed(x: Tensor) -> Tensor:
     """The first rank's x, on every rank: sampling may differ in a last bit between CPUs."""
-    if place()[1] > 1:
-        dist.broadcast(x, 0)
-    return x
+    return gather(x)[0].clone() if place()[1] > 1 else x
 
 
 def connect(model: Transformer) -> None:
     """Let a model whose matrices are one of several ranks' shares compute what the whole does."""
-    board = Board() if Board.possible() else None
-
-    def gather(x: Tensor) -> Tensor:
-        return board.gather(x) if board and x.nbytes <= SLOT else gather_by_gloo(x)
 
     def add(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if output.nbytes > SLOT:  # bound by bytes, of which a ring moves fewer
@@ -152,7 +148,7 @@ class Board:
         self.sides = torch.frombuffer(shared, dtype=torch.uint8, offset=PAGE).view(2, world, SLOT)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Every rank's x, valid until the next call but one: (world, *x.shape)."""
+        """See the function of this name."""
         turn = self.turns[self.rank] + 1
         parts = self.sides[turn % 2, :, : x.nbytes].view(x.dtype).unflatten(1, x.shape)
         parts[self.rank] = x
@@ -162,8 +158,16 @@ class Board:
         return parts
 
 
-def gather_by_gloo(x: Tensor) -> Tensor:
-    """Every rank's x: (world, *x.shape). All at once: a ring would wait for one after another."""
+board: Board | None = None  # where `joined` found that there can be one
+
+
+def gather(x: Tensor) -> Tensor:
+    """Every rank's x, to be used before the next call but one: (world, *x.shape).
+
+    All at once: a ring would wait for one after another.
+    """
+    if board and x.nbytes <= SLOT:
+        return board.gather(x)
     world = dist.get_world_size()
     parts = x.new_empty(world, *x.shape)
     copies = x.expand(parts.shape).contiguous()
