@@ -160,7 +160,7 @@ class Chat:
         del context.tokens[start:end]
         self.starts = [start] + [later - (end - start) for later in self.starts[2:]]
         if n_cached > end:
-            context.cache.drop(start, end, n_cached, self.llama.model.freqs_cis)
+            self.llama.model.drop(context.cache, start, end, n_cached)
             context.n_cached = n_cached - (end - start)
 
     def cut_reply(self, kept: str, ends: list[int]) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache import KVCache
 from .errors import UserError, require
-from .model import KVCache, Transformer
+from .model import Transformer
 from .parallel import agreed
 from .tokenizer import Tokenizer
 

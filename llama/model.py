@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import KVCache
+
 
 @dataclass
 class ModelArgs:
@@ -76,43 +78,6 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs_cis.unsqueeze(1)).flatten(-2).type_as(x)
 
 
-class KVCache:
-    """Keys and values of one sequence, all layers, as attention reads them.
-
-    Each is (n_layers, n_kv_heads, length, head_dim). `length` is what is reserved; a longer
-    sequence doubles it.
-    """
-
-    def __init__(self, args: ModelArgs, length: int, dtype: torch.dtype):
-        shape = (args.n_layers, args.n_kv_heads, length, args.head_dim)
-        self.keys, self.values = torch.empty(2, *shape, dtype=dtype)
-
-    def update(
-        self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store (n_tokens, n_kv_heads, head_dim) there; return (n_kv_heads, end, head_dim)."""
-        end = start_pos + len(xk)
-        length = self.keys.shape[2]
-        if end > length:
-            more = (0, 0, 0, max(end - length, length))
-            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
-        self.keys[layer_id, :, start_pos:end] = xk.transpose(0, 1)
-        self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
-        return self.keys[layer_id, :, :end], self.values[layer_id, :, :end]
-
-    @torch.inference_mode()
-    def drop(self, start: int, end: int, length: int, freqs_cis: Tensor) -> None:
-        """Forget positions start to end; what follows them, up to length, moves up to start.
-
-        Attention sees only how far apart positions are (arXiv 2104.09864, eq. 16), so that keys
-        may move when they are turned back by the angle of as many positions.
-        """
-        back = freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
-        for keys, values in zip(self.keys, self.values):  # (n_heads, length, head_dim)
-            keys[:, start : start + length - end] = apply_rotary_emb(keys[:, end:length], back)
-            values[:, start : start + length - end] = values[:, end:length].clone()
-
-
 class Segment(NamedTuple):
     """The part of one sequence that a forward pass computes."""
 
@@ -147,23 +112,23 @@ class Attention(nn.Module):
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v of one sequence: (n_tokens, n_heads, head_dim)."""
-        if segment.cache is None:
-            keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
-        else:
-            keys, values = segment.cache.update(self.layer_id, segment.start_pos, xk, xv)
-        if len(xq) == 1 and len(keys) == xq.shape[1]:  # bound by memory: matmul reads it fastest
-            scores = (keys @ xq.view(-1, self.head_dim, 1)).float() / math.sqrt(self.head_dim)
-            return (scores.softmax(1).type_as(values).mT @ values).view(xq.shape)
-        alone = len(xq) == 1  # then heads can be positions, and a group reads its keys once
+        start_pos, n_tokens, cache, mask = segment
+        keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
+        if cache is not None:
+            cache.update(self.layer_id, start_pos, xk, xv)
+            if n_tokens == 1:
+                return cache.attend(self.layer_id, xq[0], start_pos + 1)[None]
+            if start_pos > 0:
+                keys, values = cache.read(self.layer_id, start_pos + n_tokens)
         output = F.scaled_dot_product_attention(
-            (xq.view(len(keys), -1, self.head_dim) if alone else xq.transpose(0, 1))[None],
+            xq.transpose(0, 1)[None],
             keys[None],
             values[None],
-            attn_mask=segment.mask,
-            is_causal=segment.start_pos == 0 and not alone,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=True,  # without copies of keys and values
-        )[0]
-        return output.reshape(xq.shape) if alone else output.transpose(0, 1)
+        )
+        return output[0].transpose(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -204,7 +169,21 @@ class Transformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
 
     def new_cache(self, length: int) -> KVCache:
-        return KVCache(self.args, length, self.norm.weight.dtype)
+        args, dtype = self.args, self.norm.weight.dtype
+        return KVCache(args.n_layers, args.n_kv_heads, args.head_dim, length, dtype)
+
+    @torch.inference_mode()
+    def drop(self, cache: KVCache, start: int, end: int, length: int) -> None:
+        """Forget positions start to end; what follows them, up to length, moves up to start.
+
+        Attention sees only how far apart positions are (arXiv 2104.09864, eq. 16), so that keys
+        may move when they are turned back by the angle of as many positions.
+        """
+        back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
+        for layer_id in range(self.args.n_layers):
+            keys, values = (kept[:, end:] for kept in cache.read(layer_id, length))
+            keys, values = apply_rotary_emb(keys, back), values.clone()
+            cache.update(layer_id, start, keys.transpose(0, 1), values.transpose(0, 1))
 
     @torch.inference_mode()
     def forward(

@@ -107,7 +107,7 @@ def test_the_cache_is_kept_by_kv_head_and_never_copied_by_query_head(n_new):
     )
     model = llama.Transformer(args)
     cache = model.new_cache(8000)
-    assert cache.keys.shape == (1, 2, 8000, 16)
+    assert cache.values.shape == (1, 2, 8000, 16)
     tokens = torch.ones(1, n_new, dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         model(tokens, [7000], [cache])

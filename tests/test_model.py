@@ -148,8 +148,10 @@ def test_logits_are_fp32_of_the_last_position(checkpoint):
 def test_the_cache_holds_the_tokens_in_use_and_no_more(model):
     model(TOKENS, 0)
     head_dim = PARAMS["dim"] // PARAMS["n_heads"]
-    expected = (PARAMS["n_layers"], PARAMS["n_heads"], TOKENS.shape[1], head_dim)
-    assert [cache.keys.shape for cache in model.caches] == [expected] * 3
+    n_positions = math.ceil(TOKENS.shape[1] / 64) * 64
+    expected = (PARAMS["n_layers"], PARAMS["n_heads"], n_positions, head_dim)
+    assert [cache.values.shape for cache in model.caches] == [expected] * 3
+    assert [cache.keys.numel() for cache in model.caches] == [math.prod(expected)] * 3
 
 
 def test_the_published_sizes_have_the_published_parameter_counts():

@@ -1,0 +1,85 @@
+"""Keys and values of one sequence, in the layout that attention reads for one token.
+
+With one query both halves of attention are weighted sums of rows: the scores are the sum over j of
+q[j] times row j of K^T, the output is the sum over positions t of p[t] times row t of V. That is
+`torch.embedding_bag`, which reads rows at the memory's speed; matmul and
+scaled_dot_product_attention read them at a fraction of it, or copy them first.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64  # positions whose keys lie together
+
+
+class KVCache:
+    """`keys` are K^T in blocks: (n_layers, n_kv_heads, length / BLOCK, head_dim, BLOCK).
+
+    `values` are V: (n_layers, n_kv_heads, length, head_dim). `length` is what is reserved; a longer
+    sequence doubles it.
+    """
+
+    def __init__(
+        self, n_layers: int, n_kv_heads: int, head_dim: int, length: int, dtype: torch.dtype
+    ):
+        n_blocks = math.ceil(length / BLOCK)
+        self.keys = torch.empty(n_layers, n_kv_heads, n_blocks, head_dim, BLOCK, dtype=dtype)
+        self.values = torch.empty(n_layers, n_kv_heads, n_blocks * BLOCK, head_dim, dtype=dtype)
+        self.known = (0, 0), ()
+
+    def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> None:
+        """Store (n_tokens, n_kv_heads, head_dim) from that position on."""
+        end = start_pos + len(xk)
+        n_blocks = self.keys.shape[2]
+        if end > n_blocks * BLOCK:
+            more = max(math.ceil(end / BLOCK) - n_blocks, n_blocks)
+            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, more))
+            self.values = F.pad(self.values, (0, 0, 0, more * BLOCK))
+        at = torch.arange(start_pos, end)
+        self.keys[layer_id][:, at // BLOCK, :, at % BLOCK] = xk
+        self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
+
+    def read(self, layer_id: int, end: int) -> tuple[Tensor, Tensor]:
+        """K, which is copied, and V up to a position: (n_kv_heads, end, head_dim)."""
+        blocks = self.keys[layer_id, :, : math.ceil(end / BLOCK)]
+        return blocks.mT.contiguous().flatten(1, 2)[:, :end], self.values[layer_id, :, :end]
+
+    def attend(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
+        """softmax(q k^T / sqrt(head_dim)) v for one token's (n_heads, head_dim), of that shape."""
+        key_rows, key_bags, value_rows, value_bags = self.bags(len(xq), end)
+        n_blocks = len(key_bags) // len(xq)
+        weights = xq[:, None].expand(-1, n_blocks, -1).flatten()
+        scores = weighted_sums(self.keys[layer_id], key_rows, key_bags, weights)
+        scores = scores.view(len(xq), -1)[:, :end].float() / math.sqrt(xq.shape[1])
+        weights = scores.softmax(1).type_as(xq).flatten()
+        return weighted_sums(self.values[layer_id], value_rows, value_bags, weights)
+
+    def bags(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
+        """Which rows of a layer's keys each head sums, block by block, and which of its values.
+
+        Each time as numbers of rows, bag after bag, and where each bag begins. All layers ask for
+        the same: the last answer is kept.
+        """
+        _, n_kv_heads, n_reserved, head_dim, _ = self.keys.shape
+        if self.known[0] != (end, n_reserved):
+            count = functools.partial(torch.arange, dtype=torch.int32)
+            head = (count(n_heads) // (n_heads // n_kv_heads))[:, None]
+            block = head * n_reserved + count(math.ceil(end / BLOCK))
+            key_rows = block.view(-1, 1) * head_dim + count(head_dim)
+            value_rows = head * n_reserved * BLOCK + count(end)
+            key_bags, value_bags = (
+                count(0, rows.numel(), rows.shape[1]) for rows in (key_rows, value_rows)
+            )
+            bags = key_rows.flatten(), key_bags, value_rows.flatten(), value_bags
+            self.known = (end, n_reserved), bags
+        return self.known[1]
+
+
+def weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """The sum of each bag's rows of (..., n): (n_bags, n)."""
+    table = table.view(-1, table.shape[-1])
+    return torch.embedding_bag(table, rows, bags, False, 0, False, weights)[0]
