@@ -28,7 +28,7 @@ BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
 PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
-MIXED = 64  # inputs of w2 that are mixed: as many as ranks that share a quantized one leave whole
+MIXED = 64  # neighbouring inputs of w2 that are mixed
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TOKENIZER, write_shards
 
 import llama
+from llama import parallel
 from llama.chat import STYLES, Chat
 from llama.checkpoint import merge
 from llama.generation import Sampling
@@ -30,6 +31,7 @@ def run_cases(cases: dict[str, tuple[str, str, str | None]]) -> dict:
     """What this process, one rank or alone, makes of each (folder, dtype, quantize)."""
     found = {}
     for name, (folder, dtype, quantize) in cases.items():
+        parallel.SLOT = 64 if "long messages" in name else 2**20
         torch.set_default_dtype(getattr(torch, dtype))
         try:
             run = llama.load(folder, TOKENIZER, quantize=quantize)
@@ -80,6 +82,7 @@ def folders(tmp_path_factory, weights) -> dict[str, Path]:
 def cases(folders) -> dict[str, tuple[str, str, str | None]]:
     """Folder, dtype and quantization of what is run, by name."""
     plain = {f"fp32 {name}": (name, "float32", None) for name in folders if "int" not in name}
+    plain["fp32 long messages"] = ("2 shards", "float32", None)
     formed = {
         "bf16": ("2 shards", "bfloat16", None),
         "int8": ("8 shards", "float32", "int8"),
