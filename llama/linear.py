@@ -210,6 +210,8 @@ class Int8Linear(Form):
 
     def int_mm(self, x: Tensor) -> Tensor:
         """Activations int8 as well, one scale a token."""
+        if not int_mm_is_exact():
+            raise RuntimeError("oneDNN was told to do without this CPU's instructions for int8")
         q, s = round_activations(x.float(), 127)
         q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks_to_multiply():
@@ -229,6 +231,13 @@ class Int8Linear(Form):
         q, s = round_activations(x.float(), limit, 1 if limit == 127 else 2)
         y = join([multiply_int8(q, piece, limit) for piece in self.packed])
         return add_terms(y, s, limit).type_as(x)
+
+
+@functools.cache
+def int_mm_is_exact() -> bool:
+    """PyTorch asks the CPU for VNNI, and oneDNN may have been forbidden it (ONEDNN_MAX_CPU_ISA)."""
+    q = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(q, q.t()) == 64 * 127 * 127).all())
 
 
 @functools.cache
@@ -487,7 +496,9 @@ def choose(module: Form) -> tuple[str, Plan]:
             cost[n], way = min((s, way) for (where, way), s in times.items() if where == layout)
             if not plan or plan[-1][1] != way:
                 plan.append((n, way))
-        best = min(best, (64 * cost[1] + cost[128], layout, tuple(plan)))  # a prompt, 64 new tokens
+        # A prompt and 64 new tokens, alone and as one of four.
+        total = 64 * cost[1] + 16 * cost[4] + cost[128]
+        best = min(best, (total, layout, tuple(plan)))
     return best[1:]
 
 
