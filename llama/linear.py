@@ -99,7 +99,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """Each `mixed` neighbours of fp32 (..., n) times a Hadamard matrix, which is its own inverse."""
+    """Each `mixed` neighbours in fp32 (..., n) times a Hadamard matrix, its own inverse."""
     size = mixed(x.shape[-1])
     return (x.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
 
@@ -215,8 +215,7 @@ class Int8Linear(Form):
         q, s = round_activations(x.float(), 127)
         q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks_to_multiply():
-            y = add_terms(torch._int_mm(q, block.t()).float(), s, 127)
-            out[:, rows] = y * self.scale(rows)
+            out[:, rows] = torch._int_mm(q, block.t()).float().mul_(s) * self.scale(rows)
         return out
 
     def blocks_to_multiply(self) -> Iterator[tuple[slice, Tensor]]:

@@ -89,13 +89,14 @@ def norm_before(name: str) -> str | None:
 
 def turned(name: str, weight: Rows, gain: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """A matrix W in fp32 as W R or R^T W, in blocks of rows, each with the number of its first."""
-    if name.split(".")[-2] in WRITERS:
+    kind = name.split(".")[-2]
+    if kind in WRITERS:
         matrix = weight.read(torch.float32)
         for columns in matrix.split(512, dim=1):
             columns.copy_(rotate(columns.t()).t())
         for start in range(0, len(matrix), 512):
             block = matrix[start : start + 512]
-            yield start, mix(block) if name.endswith("w2.weight") else block
+            yield start, mix(block) if kind == "w2" else block
     else:
         for start, block in weight.blocks():
             yield start, rotate(block.float() if gain is None else block.float() * gain)

@@ -17,7 +17,7 @@ from conftest import ROOT, TOKENIZER, write_shards
 import llama
 from llama import parallel
 from llama.chat import STYLES, Chat
-from llama.checkpoint import merge
+from llama.checkpoint import Stored, Weight, merge, share
 from llama.generation import Sampling
 from llama.parallel import cores_by_node, joined, place
 
@@ -124,7 +124,7 @@ def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alon
 
     for name, found in ranks[0].items():
         if isinstance(found, dict):
-            assert error(found) < 1.25 * error(alone[name]) + 1e-5, name
+            assert error(found) < 1.1 * error(alone[name]) + 1e-5, name
 
 
 def test_every_rank_holds_its_share(ranks, alone):
@@ -143,6 +143,17 @@ def test_ranks_draw_the_same_text_without_a_seed(ranks):
 def test_int4_groups_that_cannot_be_divided_are_refused(ranks):
     if len(ranks) == 4:  # two groups of 64 in a row of wo
         assert re.fullmatch(r"4 ranks cannot share layers.0.*groups.*", ranks[0]["int4 merged"])
+
+
+def test_a_quantized_w2_is_shared_in_whole_blocks_or_refused():
+    def weight(n_inputs: int) -> Weight:
+        shape = torch.Size([8, n_inputs])
+        return Weight([Stored(Path("x"), 0, shape, torch.int8, "", ())], 1)
+
+    name = "layers.0.feed_forward.w2.weight"
+    assert share(name, weight(4 * 64), 1, 2).shape == (8, 2 * 64)
+    with pytest.raises(llama.UserError, match="2 ranks cannot share"):
+        share(name, weight(3 * 64), 1, 2)
 
 
 def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
