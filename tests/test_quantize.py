@@ -288,11 +288,6 @@ def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     assert relative_error(model(tokens, 0), expected) < bound
 
 
-@pytest.fixture
-def not_packed(monkeypatch):
-    monkeypatch.setattr(llama.checkpoint, "tune", lambda model: {})
-
-
 @pytest.mark.usefixtures("not_packed")
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, tmp_path, quantize):
