@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import memory
+from .cache import weighted_sums
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
+BAG = 128  # outputs whose weights lie together in the layout "bags"
 BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
 PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
@@ -50,7 +52,7 @@ class Form(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.plan = ((1, self.layouts["rows"][-1]),)  # from how many tokens on, which way
-        self.packed: list = []  # pieces of W, rows after rows, in another library's layout
+        self.packed: list = []  # pieces of W, rows after rows, in another layout
         self.packed_bytes = 0
 
     @classmethod
@@ -62,7 +64,8 @@ class Form(nn.Module):
         """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
 
     def replace_weight(self, packed: list) -> None:
-        self.packed, self.packed_bytes = packed, self.weight.nbytes
+        n_bytes = [piece.nbytes for piece in packed if isinstance(piece, Tensor)]
+        self.packed, self.packed_bytes = packed, sum(n_bytes) or self.weight.nbytes
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +90,14 @@ class Form(nn.Module):
             scale = self.scale(rows)
             out[:, rows] = y if scale is None else y * scale
         return out
+
+
+@functools.lru_cache(maxsize=16)  # a model has some five shapes
+def bag_rows(n_blocks: int, in_features: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Which rows each block's bags sum, bag after bag, and where each bag begins."""
+    rows = torch.arange(n_blocks * in_features, dtype=torch.int32).view(n_blocks, 1, -1)
+    starts = torch.arange(0, n_tokens * rows.numel(), in_features, dtype=torch.int32)
+    return rows.expand(-1, n_tokens, -1).flatten(), starts
 
 
 @functools.cache
@@ -120,7 +131,11 @@ def row_blocks(
 class FP32Linear(Form):
     """W as it is."""
 
-    layouts: ClassVar = {"rows": ("onednn_rows", "plain"), "onednn": ("onednn",)}
+    layouts: ClassVar = {
+        "rows": ("onednn_rows", "plain"),
+        "onednn": ("onednn",),
+        "bags": ("bags", "onednn_blocks", "unpack"),
+    }
     dtype = torch.float32
 
     def __init__(self, out_features: int, in_features: int):
@@ -135,15 +150,45 @@ class FP32Linear(Form):
     def pack(self, layout: str) -> None:
         if layout == "onednn":
             self.replace_weight([torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)])
+        elif layout == "bags":
+            n_blocks = math.ceil(self.out_features / BAG)
+            table = self.weight.new_zeros(n_blocks, self.in_features, BAG)
+            for block, rows in zip(table, self.weight.split(BAG)):
+                block[:, : len(rows)] = rows.t()
+            self.replace_weight([table])  # a row for each input and BAG outputs
 
     def plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
     def onednn_rows(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return multiply_onednn(x, self.weight)
 
     def onednn(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[0], None, "none", [], "")
+        return multiply_onednn(x, self.packed[0])
+
+    def bags(self, x: Tensor) -> Tensor:
+        """Sums of rows of W^T, at the memory's speed; a block serves a few tokens in turn."""
+        table, outputs = self.packed[0], []
+        for few in x.split(4):
+            rows, bags = bag_rows(len(table), self.in_features, len(few))
+            sums = weighted_sums(table, rows, bags, few.expand(len(table), -1, -1).flatten())
+            outputs.append(sums.unflatten(0, (len(table), -1)).transpose(0, 1).flatten(1))
+        return torch.cat(outputs)[:, : self.out_features]
+
+    def onednn_blocks(self, x: Tensor) -> Tensor:
+        return join([multiply_onednn(x, block) for _, block in self.blocks()])
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        if not self.packed:
+            yield from super().blocks()
+            return
+        for start, block in zip(range(0, self.out_features, BAG), self.packed[0]):
+            end = min(start + BAG, self.out_features)
+            yield slice(start, end), block[:, : end - start].t()
+
+
+def multiply_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class BF16Linear(FP32Linear):
@@ -151,6 +196,7 @@ class BF16Linear(FP32Linear):
         "rows": ("onednn_rows", "plain", "unpack"),
         "onednn": ("onednn",),
         "fbgemm": ("fbgemm",),
+        "bags": ("bags", "onednn_blocks", "unpack"),
     }
     dtype = torch.bfloat16
 
@@ -227,6 +273,9 @@ class Int8Linear(Form):
         For a few tokens the second is nearly free: they are bound by reading the weights.
         """
         limit = fbgemm_limit()
+        if limit == 127 and len(x) == 1:  # whose one scale PyTorch can find in the same operator
+            multiply = torch.ops.quantized.linear_dynamic
+            return join([multiply(x.float(), piece) for piece in self.packed]).type_as(x)
         q, s = round_activations(x.float(), limit, 1 if limit == 127 else 2)
         y = join([multiply_int8(q, piece, limit) for piece in self.packed])
         return add_terms(y, s, limit).type_as(x)
@@ -481,7 +530,7 @@ def choose(module: Form) -> tuple[str, Plan]:
     ways = {}
     for layout, names in module.layouts.items():
         with suppress(*UNAVAILABLE):
-            trial = copy.deepcopy(in_rows)
+            trial = in_rows if layout == "rows" else copy.deepcopy(in_rows)
             trial.pack(layout)
             every = {(layout, name): getattr(trial, name) for name in names}
             ways |= {key: way for key, way in every.items() if is_right(way, inputs[1], expected)}

@@ -15,11 +15,17 @@ WAYS = {  # and how far each may be from the product with the matrix that its fo
     (FP32Linear, "rows", "plain"): 1e-6,
     (FP32Linear, "rows", "onednn_rows"): 1e-6,
     (FP32Linear, "onednn", "onednn"): 1e-6,
+    (FP32Linear, "bags", "bags"): 1e-6,
+    (FP32Linear, "bags", "onednn_blocks"): 1e-6,
+    (FP32Linear, "bags", "unpack"): 1e-6,
     (BF16Linear, "rows", "plain"): 0.01,
     (BF16Linear, "rows", "onednn_rows"): 0.01,
     (BF16Linear, "rows", "unpack"): 0.005,
     (BF16Linear, "onednn", "onednn"): 0.01,
     (BF16Linear, "fbgemm", "fbgemm"): 0.005,
+    (BF16Linear, "bags", "bags"): 0.005,
+    (BF16Linear, "bags", "onednn_blocks"): 0.01,
+    (BF16Linear, "bags", "unpack"): 0.005,
     (Int8Linear, "rows", "int8pack"): 0.01,
     (Int8Linear, "rows", "int_mm"): 0.02,
     (Int8Linear, "rows", "unpack"): 1e-6,
@@ -126,6 +132,13 @@ def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch):
         module = made(form, weight, "fbgemm")
         assert len(module.packed) == 3
         assert relative_error(module.fbgemm(x), x @ dense(made(form, weight)).t()) < 2e-4
+
+
+@pytest.mark.parametrize("way", FP32Linear.layouts["bags"])
+def test_bags_need_not_be_full(way):
+    weight, x = torch.randn(linear.BAG + 22, 256), torch.randn(3, 256)
+    y = getattr(made(FP32Linear, weight, "bags"), way)(x)
+    assert relative_error(y, x @ weight.t()) < 1e-6
 
 
 def test_weights_beyond_fp16_stay_bf16():
