@@ -39,8 +39,11 @@ class KVCache:
             more = max(math.ceil(end / BLOCK) - n_blocks, n_blocks)
             self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more * BLOCK))
-        at = torch.arange(start_pos, end)
-        self.keys[layer_id][:, at // BLOCK, :, at % BLOCK] = xk
+        for block in range(start_pos // BLOCK, math.ceil(end / BLOCK)):
+            begin, stop = max(start_pos, block * BLOCK), min(end, (block + 1) * BLOCK)
+            columns = slice(begin - block * BLOCK, stop - block * BLOCK)
+            new = xk[begin - start_pos : stop - start_pos]
+            self.keys[layer_id, :, block, :, columns] = new.permute(1, 2, 0)
         self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
 
     def read(self, layer_id: int, end: int) -> tuple[Tensor, Tensor]:
@@ -52,11 +55,12 @@ class KVCache:
         """softmax(q k^T / sqrt(head_dim)) v for one token's (n_heads, head_dim), of that shape."""
         key_rows, key_bags, value_rows, value_bags = self.bags(len(xq), end)
         n_blocks = len(key_bags) // len(xq)
-        weights = xq[:, None].expand(-1, n_blocks, -1).flatten()
+        weights = (xq / math.sqrt(xq.shape[1])).to(self.keys.dtype)
+        weights = weights[:, None].expand(-1, n_blocks, -1).flatten()
         scores = weighted_sums(self.keys[layer_id], key_rows, key_bags, weights)
-        scores = scores.view(len(xq), -1)[:, :end].float() / math.sqrt(xq.shape[1])
-        weights = scores.softmax(1).type_as(xq).flatten()
-        return weighted_sums(self.values[layer_id], value_rows, value_bags, weights)
+        weights = scores.view(len(xq), -1)[:, :end].softmax(1, torch.float32)
+        weights = weights.to(self.values.dtype).flatten()
+        return weighted_sums(self.values[layer_id], value_rows, value_bags, weights).type_as(xq)
 
     def bags(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
         """Which rows of a layer's keys each head sums, block by block, and which of its values.

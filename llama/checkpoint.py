@@ -358,10 +358,11 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
 
     def need(dtype: torch.dtype, quantize: str | None) -> int:
         cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.max_seq_len
-        state = layout(weights, dtype, quantize).items()
+        state = layout(weights, dtype, quantize)
         # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
-        n_bytes = sum(t.nbytes * (2 if name.endswith(".groups") else 1) for name, t in state)
-        return n_bytes + cache * dtype.itemsize + WORKING
+        double = {name for name in state if name.endswith(".groups")}
+        n_bytes = sum(t.nbytes * (1 + (name in double)) for name, t in state.items())
+        return n_bytes + cache * cache_dtype(state, dtype).itemsize + WORKING
 
     dtype = torch.get_default_dtype()
     if free is None or need(dtype, quantize) <= free:
@@ -381,6 +382,11 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         f"the model takes {need(dtype, quantize) / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
         f"are free: {remedy}"
     )
+
+
+def cache_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values, beside weights in that state: fp16's 11 bits where those have 8 or 4."""
+    return dtype if all(t.is_floating_point() for t in state.values()) else torch.float16
 
 
 def is_quantized(weights: dict[str, Weight]) -> bool:
@@ -494,6 +500,7 @@ def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
     with torch.device("meta"):
         model = Transformer(args)
         use_forms(model, state)
+    model.cache_dtype = cache_dtype(state, torch.get_default_dtype())
     # All at once: what is allocated among a load's many short-lived blocks would leave holes.
     for name, tensor in allocate(state).items():
         path, _, key = name.rpartition(".")

@@ -71,8 +71,10 @@ class Form(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mixes:
             x = mix(x.float()).type_as(x)
-        way = next(way for n_tokens, way in reversed(self.plan) if n_tokens <= len(x))
-        return getattr(self, way)(x)
+        for n_tokens, way in self.plan:
+            if n_tokens <= len(x):
+                chosen = way
+        return getattr(self, chosen)(x)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of W and what they are: (n_rows, in_features), up to `scale`'s factor a row."""

@@ -56,9 +56,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
@@ -99,9 +97,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
         heads = (-1, self.head_dim)
-        xq = apply_rotary_emb(self.wq(x).unflatten(-1, heads), freqs_cis)
-        xk = apply_rotary_emb(self.wk(x).unflatten(-1, heads), freqs_cis)
-        xv = self.wv(x).unflatten(-1, heads)  # (n_tokens, n_kv_heads, head_dim)
+        xq, xk, xv = (w(x).unflatten(-1, heads) for w in (self.wq, self.wk, self.wv))
+        turned = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
+        xq, xk = turned.split([xq.shape[1], xk.shape[1]], 1)  # (n_tokens, n_heads, head_dim)
 
         sizes = [segment.n_tokens for segment in segments]
         output = [
@@ -113,13 +111,14 @@ class Attention(nn.Module):
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v of one sequence: (n_tokens, n_heads, head_dim)."""
         start_pos, n_tokens, cache, mask = segment
-        keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
         if cache is not None:
             cache.update(self.layer_id, start_pos, xk, xv)
             if n_tokens == 1:
                 return cache.attend(self.layer_id, xq[0], start_pos + 1)[None]
-            if start_pos > 0:
-                keys, values = cache.read(self.layer_id, start_pos + n_tokens)
+        keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
+        if start_pos > 0:
+            kept = cache.read(self.layer_id, start_pos + n_tokens)
+            keys, values = (rows.type_as(xq) for rows in kept)
         output = F.scaled_dot_product_attention(
             xq.transpose(0, 1)[None],
             keys[None],
@@ -162,6 +161,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.caches: Sequence[KVCache] = ()
+        self.cache_dtype: torch.dtype | None = None  # None: that of the activations
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
 
     def new_cache(self, length: int) -> KVCache:
-        args, dtype = self.args, self.norm.weight.dtype
+        args, dtype = self.args, self.cache_dtype or self.norm.weight.dtype
         return KVCache(args.n_layers, args.n_kv_heads, args.head_dim, length, dtype)
 
     @torch.inference_mode()
