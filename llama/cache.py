@@ -53,20 +53,18 @@ class KVCache:
 
     def attend(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v for one token's (n_heads, head_dim), of that shape."""
-        key_rows, key_bags, value_rows, value_bags = self.bags(len(xq), end)
-        n_blocks = len(key_bags) // len(xq)
-        weights = (xq / math.sqrt(xq.shape[1])).to(self.keys.dtype)
-        weights = weights[:, None].expand(-1, n_blocks, -1).flatten()
-        scores = weighted_sums(self.keys[layer_id], key_rows, key_bags, weights)
+        key_rows, value_rows = self.bags(len(xq), end)
+        queries = (xq / math.sqrt(xq.shape[1])).to(self.keys.dtype)
+        queries = queries[:, None].expand(-1, len(key_rows) // len(xq), -1)
+        scores = weighted_sums(self.keys[layer_id], key_rows, queries)
         weights = scores.view(len(xq), -1)[:, :end].softmax(1, torch.float32)
-        weights = weights.to(self.values.dtype).flatten()
-        return weighted_sums(self.values[layer_id], value_rows, value_bags, weights).type_as(xq)
+        weights = weights.to(self.values.dtype)
+        return weighted_sums(self.values[layer_id], value_rows, weights).type_as(xq)
 
     def bags(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
         """Which rows of a layer's keys each head sums, block by block, and which of its values.
 
-        Each time as numbers of rows, bag after bag, and where each bag begins. All layers ask for
-        the same: the last answer is kept.
+        All layers ask for the same: the last answer is kept.
         """
         _, n_kv_heads, n_reserved, head_dim, _ = self.keys.shape
         if self.known[0] != (end, n_reserved):
@@ -75,15 +73,20 @@ class KVCache:
             block = head * n_reserved + count(math.ceil(end / BLOCK))
             key_rows = block.view(-1, 1) * head_dim + count(head_dim)
             value_rows = head * n_reserved * BLOCK + count(end)
-            key_bags, value_bags = (
-                count(0, rows.numel(), rows.shape[1]) for rows in (key_rows, value_rows)
-            )
-            bags = key_rows.flatten(), key_bags, value_rows.flatten(), value_bags
-            self.known = (end, n_reserved), bags
+            self.known = (end, n_reserved), (key_rows, value_rows)
         return self.known[1]
 
 
-def weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    """The sum of each bag's rows of (..., n): (n_bags, n)."""
+def weighted_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Of the table's rows (..., n), a weighted sum for each line of row numbers: (n_bags, n).
+
+    rows: int32 (n_bags, length); weights: as many numbers, of the table's dtype.
+    """
     table = table.view(-1, table.shape[-1])
-    return torch.embedding_bag(table, rows, bags, False, 0, False, weights)[0]
+    bags, weights = bag_starts(*rows.shape), weights.flatten()
+    return torch.embedding_bag(table, rows.flatten(), bags, False, 0, False, weights)[0]
+
+
+@functools.lru_cache(maxsize=32)
+def bag_starts(n_bags: int, length: int) -> Tensor:
+    return torch.arange(0, n_bags * length, length, dtype=torch.int32)

@@ -12,7 +12,7 @@ import shutil
 import struct
 import typing
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PureWindowsPath
@@ -360,8 +360,7 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.max_seq_len
         state = layout(weights, dtype, quantize)
         # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
-        double = {name for name in state if name.endswith(".groups")}
-        n_bytes = sum(t.nbytes * (1 + (name in double)) for name, t in state.items())
+        n_bytes = sum(t.nbytes * (2 if k.endswith(".groups") else 1) for k, t in state.items())
         return n_bytes + cache * cache_dtype(state, dtype).itemsize + WORKING
 
     dtype = torch.get_default_dtype()
@@ -386,10 +385,10 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
 
 def cache_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> torch.dtype:
     """Of keys and values, beside weights in that state: fp16's 11 bits where those have 8 or 4."""
-    return dtype if all(t.is_floating_point() for t in state.values()) else torch.float16
+    return torch.float16 if is_quantized(state) else dtype
 
 
-def is_quantized(weights: dict[str, Weight]) -> bool:
+def is_quantized(weights: Mapping[str, Weight | Tensor]) -> bool:
     return not all(weight.dtype.is_floating_point for weight in weights.values())
 
 

@@ -64,17 +64,14 @@ class Form(nn.Module):
         """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
 
     def replace_weight(self, packed: list) -> None:
-        n_bytes = [piece.nbytes for piece in packed if isinstance(piece, Tensor)]
-        self.packed, self.packed_bytes = packed, sum(n_bytes) or self.weight.nbytes
+        self.packed, self.packed_bytes = packed, self.weight.nbytes
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mixes:
             x = mix(x.float()).type_as(x)
-        for n_tokens, way in self.plan:
-            if n_tokens <= len(x):
-                chosen = way
-        return getattr(self, chosen)(x)
+        way = next(way for n_tokens, way in reversed(self.plan) if n_tokens <= len(x))
+        return getattr(self, way)(x)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of W and what they are: (n_rows, in_features), up to `scale`'s factor a row."""
@@ -92,14 +89,6 @@ class Form(nn.Module):
             scale = self.scale(rows)
             out[:, rows] = y if scale is None else y * scale
         return out
-
-
-@functools.lru_cache(maxsize=16)  # a model has some five shapes
-def bag_rows(n_blocks: int, in_features: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Which rows each block's bags sum, bag after bag, and where each bag begins."""
-    rows = torch.arange(n_blocks * in_features, dtype=torch.int32).view(n_blocks, 1, -1)
-    starts = torch.arange(0, n_tokens * rows.numel(), in_features, dtype=torch.int32)
-    return rows.expand(-1, n_tokens, -1).flatten(), starts
 
 
 @functools.cache
@@ -154,10 +143,11 @@ class FP32Linear(Form):
             self.replace_weight([torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)])
         elif layout == "bags":
             n_blocks = math.ceil(self.out_features / BAG)
-            table = self.weight.new_zeros(n_blocks, self.in_features, BAG)
+            table = self.weight.new_empty(n_blocks, self.in_features, BAG)
             for block, rows in zip(table, self.weight.split(BAG)):
                 block[:, : len(rows)] = rows.t()
-            self.replace_weight([table])  # a row for each input and BAG outputs
+            self.replace_weight([table])
+            self.packed_bytes = table.nbytes  # the last block need not be full
 
     def plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -172,8 +162,8 @@ class FP32Linear(Form):
         """Sums of rows of W^T, at the memory's speed; a block serves a few tokens in turn."""
         table, outputs = self.packed[0], []
         for few in x.split(4):
-            rows, bags = bag_rows(len(table), self.in_features, len(few))
-            sums = weighted_sums(table, rows, bags, few.expand(len(table), -1, -1).flatten())
+            rows = bag_rows(len(table), self.in_features, len(few))
+            sums = weighted_sums(table, rows, few.expand(len(table), -1, -1))
             outputs.append(sums.unflatten(0, (len(table), -1)).transpose(0, 1).flatten(1))
         return torch.cat(outputs)[:, : self.out_features]
 
@@ -189,16 +179,21 @@ class FP32Linear(Form):
             yield slice(start, end), block[:, : end - start].t()
 
 
+@functools.lru_cache(maxsize=16)  # a model has some five shapes
+def bag_rows(n_blocks: int, in_features: int, n_tokens: int) -> Tensor:
+    """The rows of W^T that each block's bags, one a token, sum: (n_bags, in_features)."""
+    rows = torch.arange(n_blocks * in_features, dtype=torch.int32).view(n_blocks, 1, -1)
+    return rows.expand(-1, n_tokens, -1).flatten(0, 1)
+
+
 def multiply_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class BF16Linear(FP32Linear):
-    layouts: ClassVar = {
+    layouts: ClassVar = FP32Linear.layouts | {
         "rows": ("onednn_rows", "plain", "unpack"),
-        "onednn": ("onednn",),
         "fbgemm": ("fbgemm",),
-        "bags": ("bags", "onednn_blocks", "unpack"),
     }
     dtype = torch.bfloat16
 
@@ -272,10 +267,11 @@ class Int8Linear(Form):
     def fbgemm(self, x: Tensor) -> Tensor:
         """Activations as in `int_mm`, or in two terms of 7 bits.
 
-        For a few tokens the second is nearly free: they are bound by reading the weights.
+        For a few tokens the second is nearly free: they are bound by reading the weights. A token
+        alone is rounded in the same operator, in 255 steps from its least to its largest number.
         """
         limit = fbgemm_limit()
-        if limit == 127 and len(x) == 1:  # whose one scale PyTorch can find in the same operator
+        if limit == 127 and len(x) == 1:
             multiply = torch.ops.quantized.linear_dynamic
             return join([multiply(x.float(), piece) for piece in self.packed]).type_as(x)
         q, s = round_activations(x.float(), limit, 1 if limit == 127 else 2)
