@@ -191,8 +191,9 @@ def multiply_onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class BF16Linear(FP32Linear):
-    layouts: ClassVar = FP32Linear.layouts | {
+    layouts: ClassVar = {
         "rows": ("onednn_rows", "plain", "unpack"),
+        "onednn": ("onednn",),
         "fbgemm": ("fbgemm",),
     }
     dtype = torch.bfloat16
