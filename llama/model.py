@@ -162,7 +162,9 @@ class Transformer(nn.Module):
         self.args = args
         self.caches: Sequence[KVCache] = ()
         self.cache_dtype: torch.dtype | None = None  # None: that of the activations
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        # Not initialised: on the meta device that would import torch._dynamo, which takes a second.
+        embeddings = torch.empty(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
