@@ -29,7 +29,7 @@ from .generation import LLaMA
 from .linear import Int4Linear, Int8Linear, mixed, tune, weight_bytes
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
-from .quantize import form_of, norm_before, turned, use_forms
+from .quantize import VERSION, form_of, norm_before, turned, use_forms
 from .tokenizer import Tokenizer
 
 SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
@@ -43,7 +43,8 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
     "output": 0,
     "tok_embeddings": 1,
 }
-UNUSED = {"rope.freqs"}  # in every shard, the same, and computed anew by the model
+FORMAT = "quantized.format"  # one number, beside quantized weights
+UNUSED = {"rope.freqs", FORMAT}  # in files, and not in the model: it computes its own angles
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "34B": 4, "65B": 8, "70B": 8}
 BLOCK = 2**22  # bytes read at once: much for the disk, little for the caches
 WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
@@ -350,6 +351,12 @@ def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> No
                 f"{ckpt_dir}: {name} is {found}, and with this params.json and tokenizer should be "
                 f"{wanted}: a shard is missing, or too many, or they are of different models"
             )
+    version = weights[FORMAT].read(torch.uint8).tolist() if FORMAT in weights else None
+    if is_quantized(weights) and version != [VERSION]:
+        raise UserError(
+            f"{ckpt_dir}: the weights were quantized by another version of this program, and stand "
+            "for other numbers: quantize the original ones again with merge-weights.py"
+        )
 
 
 def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | None) -> None:
@@ -541,6 +548,8 @@ def write_merged(
     partial = target.with_name(".merged.pth.partial")
     partial.unlink(missing_ok=True)  # what a killed run has left
     state = layout(weights, dtype, quantize)
+    if quantize:
+        state[FORMAT] = torch.empty(1, dtype=torch.uint8)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
@@ -564,6 +573,9 @@ def write_merged(
                         torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
                         file.write(buffer)
                         bar.update(block.nbytes)
+            if quantize:
+                file.seek(places[FORMAT].offset)
+                file.write(bytes([VERSION]))
             file.flush()
             os.fsync(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):

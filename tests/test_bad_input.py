@@ -270,6 +270,9 @@ def test_quantized_weights_are_not_quantized_again(folder, tmp_path):
     assert llama.load(folder, TOKENIZER)
     assert "quantized already" in refusal(folder, quantize="int4")
     state = torch.load(merged, weights_only=True)
+    for version in (torch.tensor([200], dtype=torch.uint8), None):
+        change(merged, quantized__format=version)
+        assert "another version" in refusal(folder)
     state["output.scales"] = state["output.scales"][1:].clone()
     torch.save(state, merged)
     assert "output.scales" in refusal(folder)
