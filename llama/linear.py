@@ -26,7 +26,7 @@ from .cache import weighted_sums
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
 BAG = 128  # outputs whose weights lie together in the layout "bags"
-BLOCK = 2**20  # weights unpacked at a time: what the CPU's caches hold
+BLOCK = 2**21  # weights unpacked at a time: what the CPU's caches hold
 PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
@@ -259,7 +259,8 @@ class Int8Linear(Form):
         q, s = round_activations(x.float(), 127)
         q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks_to_multiply():
-            out[:, rows] = torch._int_mm(q, block.t()).float().mul_(s) * self.scale(rows)
+            y = torch._int_mm(q, block.t()).float().mul_(s)
+            torch.mul(y, self.scale(rows), out=out[:, rows])
         return out
 
     def blocks_to_multiply(self) -> Iterator[tuple[slice, Tensor]]:
@@ -360,7 +361,7 @@ class Int4Linear(Int8Linear):
         group = group_size(weight.shape[1])
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
         groups = torch.empty(weight.shape[0], weight.shape[1] // group, 2, dtype=torch.int8)
-        for rows in row_blocks(*weight.shape, BLOCK // 8, multiple=1):
+        for rows in row_blocks(*weight.shape, BLOCK // 16, multiple=1):
             w = (weight[rows] / scales[rows, None]).unflatten(1, (-1, group))
             low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
             least, step, lo = torch.full_like(low, torch.inf), low, low
