@@ -224,7 +224,11 @@ def join(outputs: list[Tensor]) -> Tensor:
 class Int8Linear(Form):
     """Symmetric, a scale for each output: W[i] = scales[i] * weight[i]."""
 
-    layouts: ClassVar = {"rows": ("int8pack", "int_mm", "unpack"), "fbgemm": ("fbgemm",)}
+    layouts: ClassVar = {
+        "rows": ("int8pack", "unpack"),
+        "onednn": ("onednn",),
+        "fbgemm": ("fbgemm",),
+    }
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__(out_features, in_features)
@@ -233,11 +237,15 @@ class Int8Linear(Form):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
-        q, scales = round_rows(weight, 127)
+        q, scales = round_rows(weight)
         return {"weight": q.to(torch.int8), "scales": scales.squeeze(1)}
 
     def pack(self, layout: str) -> None:
-        if layout == "fbgemm":
+        if layout != "rows" and int8_is_exact() != (layout == "onednn"):
+            raise RuntimeError("made for another CPU")
+        if layout == "onednn":
+            self.replace_weight([torch.ops.onednn.qlinear_prepack(self.weight, None)])
+        elif layout == "fbgemm":
             pieces = row_blocks(*self.weight.shape, PIECE)
             packed = [pack_int8(self.weight[rows], self.scales[rows]) for rows in pieces]
             self.replace_weight(packed)
@@ -252,55 +260,40 @@ class Int8Linear(Form):
         y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales.bfloat16())
         return y.type_as(x)
 
-    def int_mm(self, x: Tensor) -> Tensor:
+    def onednn(self, x: Tensor) -> Tensor:
         """Activations int8 as well, one scale a token."""
-        if not int_mm_is_exact():
-            raise RuntimeError("oneDNN was told to do without this CPU's instructions for int8")
-        q, s = round_activations(x.float(), 127)
-        q, out = q.to(torch.int8), x.new_empty(len(x), self.out_features)
-        for rows, block in self.blocks_to_multiply():
-            y = torch._int_mm(q, block.t()).float().mul_(s)
-            torch.mul(y, self.scale(rows), out=out[:, rows])
-        return out
-
-    def blocks_to_multiply(self) -> Iterator[tuple[slice, Tensor]]:
-        return iter([(slice(None), self.weight)])
+        q, s = round_activations(x.float())
+        alone = isinstance(s, float)
+        y = torch.ops.onednn.qlinear_pointwise(
+            *(q, s if alone else 1.0, 128),
+            *(self.packed[0], self.scales, NO_ZEROS, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return (y if alone else y.mul_(s)).type_as(x)
 
     def fbgemm(self, x: Tensor) -> Tensor:
-        """Activations as in `int_mm`, or in two terms of 7 bits.
+        """Activations in two terms of 7 bits, for CPUs without VNNI: they sum two products in 16.
 
-        For a few tokens the second is nearly free: they are bound by reading the weights. A token
-        alone is rounded in the same operator, in 255 steps from its least to its largest number.
+        For a few tokens the second is nearly free, since they are bound by reading the weights.
         """
-        limit = fbgemm_limit()
-        if limit == 127 and len(x) == 1:
-            multiply = torch.ops.quantized.linear_dynamic
-            return join([multiply(x.float(), piece) for piece in self.packed]).type_as(x)
-        q, s = round_activations(x.float(), limit, 1 if limit == 127 else 2)
-        y = join([multiply_int8(q, piece, limit) for piece in self.packed])
-        return add_terms(y, s, limit).type_as(x)
+        q, s = round_twice(x.float())
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = join([multiply(q, 1.0, 64, piece) for piece in self.packed])
+        return torch.add(y[: len(x)], y[len(x) :], alpha=1 / 126).mul_(s).type_as(x)
+
+
+NO_ZEROS = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
+ZERO_AND_HALF = torch.tensor(128.5, dtype=torch.float32)  # what is added is rounded by a cut
 
 
 @functools.cache
-def int_mm_is_exact() -> bool:
-    """PyTorch asks the CPU for VNNI, and oneDNN may have been forbidden it (ONEDNN_MAX_CPU_ISA)."""
+def int8_is_exact() -> bool:
+    """Whether oneDNN sums products of int8 in 32 bits, by VNNI, and not two at first in 16.
+
+    Asking the CPU does not tell: oneDNN may have been forbidden it (ONEDNN_MAX_CPU_ISA).
+    """
     q = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(q, q.t()) == 64 * 127 * 127).all())
-
-
-@functools.cache
-def fbgemm_limit() -> int:
-    """Up to which activations FBGEMM is exact: without VNNI it sums two products in 16 bits."""
-    block = torch.full((64, 64), 127, dtype=torch.int8)
-    with packing():
-        y = multiply_int8(torch.full((1, 64), 127.0), pack_int8(block, torch.ones(64)), 127)
-    return 127 if bool((y == 64 * 127 * 127).all()) else 63
-
-
-def multiply_int8(q: Tensor, piece: object, limit: int) -> Tensor:
-    """fp32 q W^T, for whole numbers of up to +-limit."""
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    return multiply(q, 1.0, limit + 1, piece)
 
 
 def pack_int8(block: Tensor, scales: Tensor) -> object:
@@ -309,27 +302,27 @@ def pack_int8(block: Tensor, scales: Tensor) -> object:
     return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def round_rows(x: Tensor, limit: int, n_terms: int = 1) -> tuple[Tensor, Tensor]:
-    """x as whole numbers of up to +-limit, and a scale for each row: q of (n_terms n, k), s (n, 1).
-
-    x = s q[:n], or with a second term, of what that leaves, s (q[:n] + q[n:] / (2 limit)).
-    """
+def round_rows(x: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
+    """x (n, k) as q s: whole numbers of up to +-limit, and a scale for each row (n, 1)."""
     s = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(limit)
-    exact = x / s
-    q = exact.round()
-    if n_terms == 2:
-        q = torch.cat([q, exact.sub_(q).mul_(2 * limit).round_()])
-    return q, s
+    return (x / s).round_(), s
 
 
-# What wq wk wv, and w1 w3, multiply is the same.
-round_activations = functools.lru_cache(maxsize=1)(round_rows)
+@functools.lru_cache(maxsize=1)  # what wq wk wv, and w1 w3, multiply is the same
+def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """x (n, k) as (q - 128) s: q a uint8, s a scale for each row (n, 1) or, of one, a number."""
+    if len(x) == 1:  # fewer operators
+        s = max(x.abs().max().item(), 1e-12) / 127
+        return torch.add(ZERO_AND_HALF, x, alpha=1 / s).to(torch.uint8), s
+    s = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
+    return (x / s).add_(ZERO_AND_HALF).to(torch.uint8), s
 
 
-def add_terms(y: Tensor, s: Tensor, limit: int) -> Tensor:
-    """What `round_rows` took apart: s y, in place, or s (y[:n] + y[n:] / (2 limit))."""
-    n = len(s)
-    return (y if len(y) == n else torch.add(y[:n], y[n:], alpha=1 / (2 * limit))).mul_(s)
+@functools.lru_cache(maxsize=1)
+def round_twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = s (q[:n] + q[n:] / 126), both of up to +-63: the second rounds what the first leaves."""
+    q, s = round_rows(x, 63)
+    return torch.cat([q, (x / s).sub_(q).mul_(126).round_()]), s
 
 
 class Int4Linear(Int8Linear):
@@ -408,7 +401,16 @@ class Int4Linear(Int8Linear):
             block = q.mul_(step[:, None]).add_(low[:, None]).flatten(0, 1)
             yield rows, block.t()  # (n_rows, in_features)
 
-    blocks_to_multiply = blocks
+    def int_mm(self, x: Tensor) -> Tensor:
+        """Activations int8 as well, one scale a token."""
+        if not int8_is_exact():
+            raise RuntimeError("made for another CPU")
+        q, s = round_activations(x.float())
+        q, out = q.bitwise_xor(128).view(torch.int8), x.new_empty(len(x), self.out_features)
+        for rows, block in self.blocks():
+            y = torch._int_mm(q, block.t()).float().mul_(s)
+            torch.mul(y, self.scale(rows), out=out[:, rows])
+        return out
 
     def int4pack(self, x: Tensor) -> Tensor:
         """Weights int4, activations bf16."""

@@ -43,8 +43,7 @@ WAYS = (  # those whose rounding differs
     ("bfloat16", "plain"),
     ("bfloat16", "fbgemm"),
     ("int8", "int8pack"),
-    ("int8", "fbgemm"),
-    ("int8", "int_mm"),
+    ("int8", "onednn"),
     ("int4", "int4pack"),
     ("int4", "int_mm"),
 )

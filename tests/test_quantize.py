@@ -24,9 +24,9 @@ WAYS = {  # and how far each may be from the product with the matrix that its fo
     (BF16Linear, "onednn", "onednn"): 0.01,
     (BF16Linear, "fbgemm", "fbgemm"): 0.005,
     (Int8Linear, "rows", "int8pack"): 0.01,
-    (Int8Linear, "rows", "int_mm"): 0.02,
     (Int8Linear, "rows", "unpack"): 1e-6,
-    (Int8Linear, "fbgemm", "fbgemm"): 0.02,
+    (Int8Linear, "onednn", "onednn"): 0.02,
+    (Int8Linear, "fbgemm", "fbgemm"): 2e-4,
     (Int4Linear, "rows", "int_mm"): 0.02,
     (Int4Linear, "rows", "unpack"): 1e-6,
     (Int4Linear, "int4pack", "int4pack"): 0.01,
@@ -92,10 +92,17 @@ def test_int4_groups_fit_int8_exactly():
     torch.testing.assert_close(dense(made(Int4Linear, weight)), expected)
 
 
+@pytest.fixture
+def without_vnni(monkeypatch):
+    monkeypatch.setattr(linear, "int8_is_exact", lambda: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
 @pytest.mark.parametrize(("form", "layout", "way"), WAYS)
-def test_every_way_multiplies_by_the_same_matrix(form, layout, way, n_tokens, dtype):
+def test_every_way_multiplies_by_the_same_matrix(request, form, layout, way, n_tokens, dtype):
+    if layout == "fbgemm":
+        request.getfixturevalue("without_vnni")
     if form in (FP32Linear, BF16Linear) and dtype != form.dtype:
         pytest.skip("these weights come with activations of their own type")
     weight = torch.randn(128, 256)
@@ -121,9 +128,8 @@ def test_all_ways_are_tested():
     assert ways == WAYS.keys()
 
 
-def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch):
+def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch, without_vnni):
     monkeypatch.setattr(linear, "PIECE", 64 * 256)
-    monkeypatch.setattr(linear, "fbgemm_limit", lambda: 63)  # activations in two terms
     weight, x = torch.randn(150, 256), torch.randn(3, 256)
     for form in (BF16Linear, Int8Linear):
         module = made(form, weight, "fbgemm")
@@ -153,68 +159,61 @@ def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise()
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
-def test_fbgemm_in_two_terms_multiplies_as_if_activations_were_not_rounded(monkeypatch, n_tokens):
-    monkeypatch.setattr(linear, "fbgemm_limit", lambda: 63)
+@pytest.mark.parametrize(
+    ("form", "layout", "way"),
+    [(Int8Linear, "onednn", "onednn"), (Int4Linear, "int4pack", "int_mm")],
+)
+def test_int8_activations_are_rounded_to_one_scale_a_token_and_by_nothing_else(
+    form, layout, way, n_tokens
+):
     weight, x = torch.randn(128, 256), torch.randn(n_tokens, 256)
-    y = made(Int8Linear, weight, "fbgemm").fbgemm(x)
-    assert relative_error(y, x @ dense(made(Int8Linear, weight)).t()) < 2e-4
-
-
-@pytest.mark.parametrize("layout", ["rows", "fbgemm"])
-def test_int8_activations_are_rounded_to_one_scale_a_token_and_by_nothing_else(layout):
-    weight, x = torch.randn(128, 256), torch.randn(5, 256)
-    module = made(Int8Linear, weight, layout)
-    if layout == "fbgemm" and linear.fbgemm_limit() < 127:
-        pytest.skip("without VNNI it rounds to two terms")
+    module = made(form, weight, layout)
     s = x.abs().amax(1, keepdim=True) / 127
-    expected = (x / s).round() * s @ dense(made(Int8Linear, weight)).t()
+    expected = (x / s).round() * s @ dense(made(form, weight)).t()
     try:
-        y = module.int_mm(x) if layout == "rows" else module.fbgemm(x)
+        y = getattr(module, way)(x)
     except linear.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
     assert relative_error(y, expected) < 1e-6
 
 
-def test_fbgemm_is_exact_up_to_the_limit_of_this_cpu_and_in_two_terms_below_it(monkeypatch):
+def test_fbgemm_sums_the_largest_numbers_without_overflow_and_keeps_small_ones(without_vnni):
     module = made(Int8Linear, torch.full((64, 256), 127.0), "fbgemm")
-    limit = linear.fbgemm_limit()
-    q = torch.full((2, 256), float(limit))
-    assert torch.equal(
-        linear.multiply_int8(q, module.packed[0], limit), torch.full((2, 64), limit * 127 * 256.0)
-    )
-    monkeypatch.setattr(linear, "fbgemm_limit", lambda: 63)
     x = torch.randn(8, 256)
-    x[:, 3] *= 100  # an outlier channel, as real models have
-    assert relative_error(module.fbgemm(x), x @ torch.full((256, 64), 127.0)) < 1e-3
+    x[0] = 63
+    x[1:, 3] *= 100  # an outlier channel, as real models have
+    expected = x @ torch.full((256, 64), 127.0)
+    assert torch.equal(module.fbgemm(x)[0], expected[0])
+    assert relative_error(module.fbgemm(x), expected) < 1e-3
 
 
-def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it():
+def test_with_vnni_fbgemm_is_not_tried():
+    if linear.int8_is_exact():
+        with pytest.raises(RuntimeError, match="another CPU"):
+            linear.holding(Int8Linear, torch.randn(64, 64)).pack("fbgemm")
+
+
+@pytest.mark.parametrize("rounded", [linear.round_activations, linear.round_twice])
+def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it(rounded):
     x = torch.randn(2, 64)
-    first = linear.round_activations(x, 63, 2)
-    assert linear.round_activations(x, 63, 2) is first
-    q, s = linear.round_activations(x.clone().mul_(-2), 63, 2)
-    torch.testing.assert_close(linear.add_terms(q, s, 63), -2 * x, rtol=0, atol=1e-3)
+    first = rounded(x)
+    assert rounded(x) is first
+    q, s = rounded(x.clone().mul_(-2))
+    assert not torch.equal(q, first[0])
+    torch.testing.assert_close(s, 2 * first[1])
 
 
-@pytest.fixture
-def no_fbgemm(monkeypatch):
-    def missing(block, scales):
-        raise RuntimeError("not implemented for this CPU")
-
-    monkeypatch.setattr(linear, "pack_int8", missing)
-
-
-def test_a_missing_operator_leaves_the_plain_way(monkeypatch, no_fbgemm):
+def test_a_missing_operator_leaves_the_plain_way(monkeypatch):
     def missing(self, x):
         raise RuntimeError("not implemented for this CPU")
 
-    monkeypatch.setattr(Int8Linear, "int8pack", missing)
-    monkeypatch.setattr(Int8Linear, "int_mm", missing)
+    for way in ("int8pack", "onednn", "fbgemm"):
+        monkeypatch.setattr(Int8Linear, way, missing)
     assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
 
-def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch, no_fbgemm):
-    for way in ("int8pack", "int_mm"):
+def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch):
+    for way in ("int8pack", "onednn", "fbgemm"):
         monkeypatch.setattr(Int8Linear, way, lambda self, x: self.unpack(x) * 1.1)
     assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
@@ -225,6 +224,7 @@ def test_an_unknown_4_bit_layout_leaves_its_operator(monkeypatch):
 
     module = made(Int4Linear, torch.randn(128, 64), "int4pack")
     monkeypatch.setattr(linear, "int4_layout", unknown)
+    monkeypatch.setattr(linear, "int8_is_exact", lambda: True)
     x = torch.randn(3, 64)
     for way in ("int_mm", "unpack"):
         with pytest.raises(RuntimeError, match="not known"):
