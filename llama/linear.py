@@ -34,7 +34,7 @@ MIXED = 64  # neighbouring inputs of w2 that are mixed
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
-RUNS = 8  # of which the shortest counts, and fewer of many tokens, which vary less
+RUNS = 16  # of which the shortest counts; a quarter, of many tokens, which vary less
 UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, on this CPU
 
 
@@ -124,7 +124,6 @@ class FP32Linear(Form):
 
     layouts: ClassVar = {
         "rows": ("onednn_rows", "plain"),
-        "onednn": ("onednn",),
         "bags": ("bags", "onednn_blocks", "unpack"),
     }
     dtype = torch.float32
@@ -139,9 +138,7 @@ class FP32Linear(Form):
         return {"weight": weight.to(cls.dtype)}
 
     def pack(self, layout: str) -> None:
-        if layout == "onednn":
-            self.replace_weight([torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)])
-        elif layout == "bags":
+        if layout == "bags":
             n_blocks = math.ceil(self.out_features / BAG)
             table = self.weight.new_empty(n_blocks, self.in_features, BAG)
             for block, rows in zip(table, self.weight.split(BAG)):
@@ -154,9 +151,6 @@ class FP32Linear(Form):
 
     def onednn_rows(self, x: Tensor) -> Tensor:
         return multiply_onednn(x, self.weight)
-
-    def onednn(self, x: Tensor) -> Tensor:
-        return multiply_onednn(x, self.packed[0])
 
     def bags(self, x: Tensor) -> Tensor:
         """Sums of rows of W^T, at the memory's speed; a block serves a few tokens in turn."""
@@ -199,10 +193,14 @@ class BF16Linear(FP32Linear):
     dtype = torch.bfloat16
 
     def pack(self, layout: str) -> None:
-        if layout == "fbgemm":
+        if layout == "onednn":
+            self.replace_weight([torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)])
+        elif layout == "fbgemm":
             pieces = row_blocks(*self.weight.shape, PIECE)
             self.replace_weight([pack_fp16(self.weight[rows]) for rows in pieces])
-        super().pack(layout)
+
+    def onednn(self, x: Tensor) -> Tensor:
+        return multiply_onednn(x, self.packed[0])
 
     def fbgemm(self, x: Tensor) -> Tensor:
         """Activations and sums in fp32."""
@@ -546,8 +544,8 @@ def choose(module: Form) -> tuple[str, Plan]:
             cost[n], way = min((s, way) for (where, way), s in times.items() if where == layout)
             if not plan or plan[-1][1] != way:
                 plan.append((n, way))
-        # A prompt and 256 new tokens, and now and then 64 as one of four.
-        total = 256 * cost[1] + 16 * cost[4] + cost[128]
+        # A prompt and 128 new tokens, and now and then 16 as one of four.
+        total = 128 * cost[1] + 4 * cost[4] + cost[128]
         best = min(best, (total, layout, tuple(plan)))
     return best[1:]
 
@@ -573,7 +571,7 @@ def least_times(ways: dict[tuple, Callable], x: Tensor, other: Tensor) -> dict[t
     What is far behind after the first runs is not run again.
     """
     least, few = dict.fromkeys(ways, math.inf), len(x) < 16
-    for turn in range(RUNS if few else RUNS // 2):
+    for turn in range(RUNS if few else RUNS // 4):
         for key, multiply in ways.items():
             if turn < 2 or least[key] < 2 * min(least.values()):
                 if few:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PARAMS, TOKENIZER, random_weights, write_shards
+from conftest import DEMO, PARAMS, TOKENIZER, random_weights, write_shards
 
 import llama
 from llama.checkpoint import merge, open_checkpoint
@@ -111,3 +111,14 @@ print(peak() - before, model.weight_bytes)
     ).stdout
     grown, n_bytes = map(int, output.split())
     assert grown < 1.05 * n_bytes + 250e6  # PyTorch alone is another 230 MB
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_start_does_not_import_pytorchs_compiler(quantize):
+    """It takes a second, and initialising weights on the meta device would do it."""
+    code = f"""
+import sys, llama
+llama.load({str(DEMO)!r}, {str(TOKENIZER)!r}, quantize={quantize!r}).generate(["Once"], 2)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,6 @@ TOKENS = torch.randint(3, 2048, (2, 48), generator=torch.Generator().manual_seed
 WAYS = {  # and how far each may be from the product with the matrix that its form holds
     (FP32Linear, "rows", "plain"): 1e-6,
     (FP32Linear, "rows", "onednn_rows"): 1e-6,
-    (FP32Linear, "onednn", "onednn"): 1e-6,
     (FP32Linear, "bags", "bags"): 1e-6,
     (FP32Linear, "bags", "onednn_blocks"): 1e-6,
     (FP32Linear, "bags", "unpack"): 1e-6,
