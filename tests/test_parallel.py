@@ -22,7 +22,8 @@ from llama.generation import Sampling
 from llama.parallel import cores_by_node, joined, place
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
-TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
+# So many that errors average out: those of two sequences differ by a tenth and more by chance.
+TOKENS = torch.randint(3, 2000, (16, 24), generator=torch.Generator().manual_seed(1))
 SHOT = {"max_gen_len": 8, "temperature": 0}
 FLAGS = [f"--{name}={value}" for name, value in SHOT.items()]
 
@@ -124,8 +125,7 @@ def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alon
 
     for name, found in ranks[0].items():
         if isinstance(found, dict):
-            # Shares are rounded by scales of their own, and may be multiplied in another way.
-            assert error(found) < 1.25 * error(alone[name]) + 1e-5, name
+            assert error(found) < 1.1 * error(alone[name]) + 1e-5, name
 
 
 def test_every_rank_holds_its_share(ranks, alone):
