@@ -548,8 +548,6 @@ def write_merged(
     partial = target.with_name(".merged.pth.partial")
     partial.unlink(missing_ok=True)  # what a killed run has left
     state = layout(weights, dtype, quantize)
-    if quantize:
-        state[FORMAT] = torch.empty(1, dtype=torch.uint8)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
@@ -557,8 +555,7 @@ def write_merged(
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
     try:
-        reserve(partial, state)
-        places = read_index(partial)
+        places = reserve(partial, state)
         with (
             partial.open("r+b") as file,
             tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
@@ -573,9 +570,6 @@ def write_merged(
                         torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
                         file.write(buffer)
                         bar.update(block.nbytes)
-            if quantize:
-                file.seek(places[FORMAT].offset)
-                file.write(bytes([VERSION]))
             file.flush()
             os.fsync(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
@@ -589,12 +583,22 @@ def write_merged(
     return target
 
 
-def reserve(path: Path, state: dict[str, Tensor]) -> None:
-    """A checkpoint with the index of these tensors, and holes where their bytes will be."""
+def reserve(path: Path, state: dict[str, Tensor]) -> dict[str, Stored]:
+    """A checkpoint of these tensors with holes where their bytes will be: says where those are.
+
+    If they are quantized, it has the version of their format as well.
+    """
+    version = {FORMAT: torch.empty(1, dtype=torch.uint8)} if is_quantized(state) else {}
     with FakeTensorMode():
-        fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+        fakes = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in (version | state).items()}
     try:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(fakes, path)
     except RuntimeError as error:
         raise UserError(f"{path} cannot be written ({error}): is the disk full?") from None
+    index = read_index(path)
+    if version:
+        with path.open("r+b") as file:
+            file.seek(index[FORMAT].offset)
+            file.write(bytes([VERSION]))
+    return {name: index[name] for name in state}

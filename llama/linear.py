@@ -235,8 +235,9 @@ class Int8Linear(Form):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
-        q, scales = round_rows(weight)
-        return {"weight": q.to(torch.int8), "scales": scales.squeeze(1)}
+        scales = row_scales(weight, 127)
+        q = (weight / scales).round_().to(torch.int8)
+        return {"weight": q, "scales": scales.squeeze(1)}
 
     def pack(self, layout: str) -> None:
         if layout != "rows" and int8_is_exact() != (layout == "onednn"):
@@ -281,7 +282,7 @@ class Int8Linear(Form):
 
 
 NO_ZEROS = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
-ZERO_AND_HALF = torch.tensor(128.5, dtype=torch.float32)  # what is added is rounded by a cut
+ZERO_AND_HALF = torch.tensor(128.5, dtype=torch.float32)  # uint8's zero; a half, for cuts to round
 
 
 @functools.cache
@@ -300,10 +301,9 @@ def pack_int8(block: Tensor, scales: Tensor) -> object:
     return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def round_rows(x: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
-    """x (n, k) as q s: whole numbers of up to +-limit, and a scale for each row (n, 1)."""
-    s = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(limit)
-    return (x / s).round_(), s
+def row_scales(x: Tensor, limit: int) -> Tensor:
+    """For each row of x the number (n, 1) that divides it to at most +-limit."""
+    return x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(limit)
 
 
 @functools.lru_cache(maxsize=1)  # what wq wk wv, and w1 w3, multiply is the same
@@ -312,15 +312,17 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     if len(x) == 1:  # fewer operators
         s = max(x.abs().max().item(), 1e-12) / 127
         return torch.add(ZERO_AND_HALF, x, alpha=1 / s).to(torch.uint8), s
-    s = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
+    s = row_scales(x, 127)
     return (x / s).add_(ZERO_AND_HALF).to(torch.uint8), s
 
 
 @functools.lru_cache(maxsize=1)
 def round_twice(x: Tensor) -> tuple[Tensor, Tensor]:
     """x = s (q[:n] + q[n:] / 126), both of up to +-63: the second rounds what the first leaves."""
-    q, s = round_rows(x, 63)
-    return torch.cat([q, (x / s).sub_(q).mul_(126).round_()]), s
+    s = row_scales(x, 63)
+    exact = x / s
+    q = exact.round()
+    return torch.cat([q, exact.sub_(q).mul_(126).round_()]), s
 
 
 class Int4Linear(Int8Linear):

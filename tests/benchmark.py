@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
 from llama import linear, memory
-from llama.checkpoint import FORMAT, find_files, layout, read_index, reserve
-from llama.quantize import VERSION
+from llama.checkpoint import find_files, layout, reserve
 from model.demo.train import bits_per_byte, read
 from tests.peers import PEERS, GGUFTokenizer, convert_gguf
 
@@ -60,12 +59,10 @@ def make_checkpoint(folder: Path, size: str, quantize: str | None) -> None:
     with torch.device("meta"):
         plain = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
     state = layout(plain, None, quantize)
-    if quantize:
-        state[FORMAT] = torch.empty(1, dtype=torch.uint8)
     path = folder / "merged.pth"
-    reserve(path, state)
+    places = reserve(path, state)
     with path.open("r+b", buffering=0) as file:
-        for name, place in read_index(path).items():
+        for name, place in places.items():
             block, n_bytes = random_bytes(name, place.dtype), state[name].nbytes
             file.seek(place.offset)
             for start in range(0, n_bytes, len(block)):
@@ -85,8 +82,6 @@ def random_block(dtype: torch.dtype) -> bytearray:
 
 def random_bytes(name: str, dtype: torch.dtype) -> bytearray:
     """For a tensor of such a name: weights of about 0.02, also where they have scales."""
-    if name == FORMAT:
-        return bytearray([VERSION])
     if name.endswith(".scales"):
         return bytearray(torch.full((2**20,), 0.02 / 70).numpy().tobytes())
     if name.endswith(".groups"):

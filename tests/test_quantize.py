@@ -186,10 +186,11 @@ def test_fbgemm_sums_the_largest_numbers_without_overflow_and_keeps_small_ones(w
     assert relative_error(module.fbgemm(x), expected) < 1e-3
 
 
-def test_with_vnni_fbgemm_is_not_tried():
-    if linear.int8_is_exact():
-        with pytest.raises(RuntimeError, match="another CPU"):
-            linear.holding(Int8Linear, torch.randn(64, 64)).pack("fbgemm")
+@pytest.mark.parametrize(("exact", "layout"), [(True, "fbgemm"), (False, "onednn")])
+def test_int8_has_a_layout_for_vnni_and_another_for_cpus_without(monkeypatch, exact, layout):
+    monkeypatch.setattr(linear, "int8_is_exact", lambda: exact)
+    with pytest.raises(RuntimeError, match="another CPU"):
+        linear.holding(Int8Linear, torch.randn(64, 64)).pack(layout)
 
 
 @pytest.mark.parametrize("rounded", [linear.round_activations, linear.round_twice])
