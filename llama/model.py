@@ -72,8 +72,8 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
     x: (n_tokens, n_heads, head_dim); freqs_cis: (n_tokens, head_dim / 2).
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs_cis.unsqueeze(1)).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * freqs_cis[:, None]).view(x.shape).type_as(x)
 
 
 class Segment(NamedTuple):
@@ -96,17 +96,18 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
-        heads = (-1, self.head_dim)
-        xq, xk, xv = (w(x).unflatten(-1, heads) for w in (self.wq, self.wk, self.wv))
+        heads = (len(x), -1, self.head_dim)
+        xq, xk, xv = self.wq(x).view(heads), self.wk(x).view(heads), self.wv(x).view(heads)
         turned = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
-        xq, xk = turned.split([xq.shape[1], xk.shape[1]], 1)  # (n_tokens, n_heads, head_dim)
+        xq, xk = turned[:, : xq.shape[1]], turned[:, xq.shape[1] :]  # (n_tokens, n_heads, head_dim)
 
-        sizes = [segment.n_tokens for segment in segments]
-        output = [
-            self.attend(*qkv, segment)
-            for *qkv, segment in zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
-        ]
-        return self.wo(torch.cat(output).flatten(-2))
+        if len(segments) == 1:
+            output = self.attend(xq, xk, xv, segments[0])
+        else:
+            sizes = [segment.n_tokens for segment in segments]
+            parts = zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
+            output = torch.cat([self.attend(*part) for part in parts])
+        return self.wo(output.flatten(-2))
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v of one sequence: (n_tokens, n_heads, head_dim)."""
