@@ -354,7 +354,7 @@ class Int4Linear(Int8Linear):
         group = group_size(weight.shape[1])
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
         groups = torch.empty(weight.shape[0], weight.shape[1] // group, 2, dtype=torch.int8)
-        for rows in row_blocks(*weight.shape, BLOCK // 16, multiple=1):
+        for rows in row_blocks(*weight.shape, BLOCK // 4, multiple=1):
             w = (weight[rows] / scales[rows, None]).unflatten(1, (-1, group))
             low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
             least, step, lo = torch.full_like(low, torch.inf), low, low
