@@ -1,22 +1,10 @@
-"""How weights lie on disk: finding them, reading them block by block, merging their shards.
+"""Checkpoints: finding them, loading them in their final form, merging their shards."""
 
-Meta's checkpoints are zip files written by torch.save. Their index alone is unpickled
-(weights_only, onto the meta device); the bytes of each tensor are then read from where the index
-says they lie, a block of rows at a time, straight into the tensor's final form.
-"""
-
-import json
 import os
-import pickle
 import shutil
-import struct
-import typing
-import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import prod
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +14,14 @@ from tqdm import tqdm
 from . import memory
 from .errors import UserError, require
 from .generation import LLaMA
-from .linear import Int4Linear, Int8Linear, mixed, tune, weight_bytes
+from .linear import Int4Linear, Int8Linear, mixed
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
+from .params import LARGEST, read_params
 from .quantize import VERSION, form_of, norm_before, turned, use_forms
+from .stored import BLOCK, Stored, Weight, read_index
 from .tokenizer import Tokenizer
+from .tune import tune, weight_bytes
 
 SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
     "wq": 0,
@@ -46,182 +37,7 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
 FORMAT = "quantized.format"  # one number, beside quantized weights
 UNUSED = {"rope.freqs", FORMAT}  # in files, and not in the model: it computes its own angles
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "34B": 4, "65B": 8, "70B": 8}
-BLOCK = 2**21  # bytes read at once: much for the disk, little for the caches
 WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
-LARGEST = 2**20  # no size in params.json, and no context, is larger
-DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8}
-UNREADABLE = (  # what torch.load and zipfile raise for bytes that are no checkpoint
-    *(RuntimeError, ValueError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
-    *(LookupError, ArithmeticError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
-)
-
-
-class Stored(NamedTuple):
-    """Where one tensor lies in a file."""
-
-    path: Path
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
-    name: str
-    stamp: tuple[int, ...]  # of the file when its index was read
-    stride: int | None = None  # bytes from row to row, where there is something between them
-
-    def rows(self, start: int, end: int) -> Tensor:
-        """Rows start to end, read from the file."""
-        n_bytes = prod(self.shape[1:]) * self.dtype.itemsize
-        stride = self.stride or n_bytes
-        n_rows = 1 if stride > n_bytes else end - start  # that a read takes
-        buffer = bytearray((end - start) * n_bytes)
-        with self.path.open("rb", buffering=0) as file:
-            for row in range(0, end - start, n_rows):
-                file.seek(self.offset + (start + row) * stride)
-                view = memoryview(buffer)[row * n_bytes :][: n_rows * n_bytes]
-                while view:
-                    n_read = file.readinto(view)
-                    if not n_read:
-                        raise UserError(f"{self.path} ends too early: copy or download it again")
-                    view = view[n_read:]
-            if stamp(os.fstat(file.fileno())) != self.stamp:
-                raise UserError(f"{self.path} was written to while it was read: try again")
-        rows = torch.frombuffer(buffer, dtype=self.dtype)
-        if self.dtype.is_floating_point and not all(x.isfinite() for x in rows.aminmax()):
-            raise UserError(f"{self.path}: {self.name} has NaN or Inf in it: get the file again")
-        return rows.view(end - start, *self.shape[1:])
-
-    def narrow(self, dim: int, start: int, end: int) -> "Stored":
-        """What of it is from start to end on dim 0 or 1."""
-        stride = self.stride or prod(self.shape[1:]) * self.dtype.itemsize
-        step = prod(self.shape[2:]) * self.dtype.itemsize if dim == 1 else stride
-        shape = torch.Size([*self.shape[:dim], end - start, *self.shape[dim + 1 :]])
-        return self._replace(offset=self.offset + start * step, shape=shape, stride=stride)
-
-
-@dataclass
-class Weight:
-    """One weight of the model, in one piece or in as many as there are shards."""
-
-    pieces: list[Stored]
-    dim: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pieces[0].dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        shape = list(self.pieces[0].shape)
-        shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
-        return torch.Size(shape)
-
-    @property
-    def n_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def part(self, rank: int, world: int) -> "Weight":
-        """The rank's share, out of the pieces where it lies."""
-        size = self.shape[self.dim] // world
-        start, end = rank * size, (rank + 1) * size
-        pieces = []
-        for piece in self.pieces:
-            length = piece.shape[self.dim]
-            if start < length and end > 0:
-                pieces.append(piece.narrow(self.dim, max(start, 0), min(end, length)))
-            start, end = start - length, end - length
-        return Weight(pieces, self.dim)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The whole weight as blocks of rows, each with the number of its first row."""
-        if self.dim == 0:
-            first = 0
-            for piece in self.pieces:
-                for start, end in self._ranges(piece.shape[0]):
-                    yield first + start, piece.rows(start, end)
-                first += piece.shape[0]
-        else:
-            for start, end in self._ranges(self.shape[0]):
-                yield start, torch.cat([piece.rows(start, end) for piece in self.pieces], dim=1)
-
-    def _ranges(self, n_rows: int) -> Iterator[tuple[int, int]]:
-        step = max(1, BLOCK // (prod(self.shape[1:]) * self.dtype.itemsize))
-        for start in range(0, n_rows, step):
-            yield start, min(start + step, n_rows)
-
-    def copy_to(self, out: Tensor) -> Tensor:
-        for start, block in self.blocks():
-            if out.dtype == torch.bfloat16:
-                block = block.float()  # PyTorch converts fp16 to bf16 one number at a time
-            out[start : start + len(block)] = block
-        return out
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        return self.copy_to(torch.empty(self.shape, dtype=dtype))
-
-
-def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written to, or another takes its place."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def read_index(path: Path) -> dict[str, Stored]:
-    """Name, place, shape and type of each tensor of a .pth file, without its bytes."""
-
-    def refuse(reason: str) -> typing.NoReturn:
-        raise UserError(f"{path} is not a readable checkpoint ({reason}): get it again")
-
-    now = stamp(path.stat())
-    try:
-        records = read_records(path)
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError:
-        refuse("its index is damaged, or would run code")
-    except UNREADABLE as error:
-        refuse((str(error) or type(error).__name__).partition("\n")[0][:80])
-    if not isinstance(tensors, dict):
-        refuse("it has no names")
-    index = {}
-    for name, tensor in tensors.items():
-        if not (
-            isinstance(name, str)
-            and "." in name
-            and isinstance(tensor, Tensor)
-            and tensor.layout == torch.strided
-            and tensor.dtype in DTYPES
-            and tensor.dim()
-            and tensor.numel()
-            and tensor.is_contiguous()
-        ):
-            refuse(f"{name!r:.60} is no whole tensor of numbers")
-        storage = tensor.untyped_storage()
-        begin, skipped = storage._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
-        if max(storage.nbytes(), skipped + tensor.nbytes) > records.get(begin, 0):
-            refuse(f"{name:.60} is not whole")
-        index[name] = Stored(path, begin + skipped, tensor.shape, tensor.dtype, name, now)
-    return index
-
-
-def read_records(path: Path) -> dict[int, int]:
-    """Where the records of a .pth file begin, and how many bytes each has.
-
-    Raises ValueError or zipfile.BadZipFile where they are not as torch.save writes them.
-    """
-    records = {}
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":  # PyTorch's format before 1.6 is a bare pickle
-            raise ValueError("not a zip file")
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                entry = PureWindowsPath(info.filename)  # it knows / and \ and drives
-                if entry.anchor or ".." in entry.parts:
-                    raise ValueError(f"{info.filename:.60} would lie outside of its folder")
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{info.filename:.60} is compressed")
-                if entry.name == "byteorder" and archive.read(info) != b"little":
-                    raise ValueError("its numbers are big-endian")
-                file.seek(info.header_offset + 26)
-                begin = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-                records[begin] = info.file_size
-    return records
 
 
 def find_files(ckpt_dir: Path) -> list[Path]:
@@ -249,7 +65,7 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
         for name, *_ in kind ^ kinds[0]:
             raise UserError(f"{path} and {paths[0]} are not of one model: {name} differs")
     norms = [shard["norm.weight"] for shard in shards if "norm.weight" in shard]
-    first, *others = [norm.rows(0, norm.shape[0]).float() for norm in norms] or [None]
+    first, *others = [norm.rows(slice(0, norm.shape[0])).float() for norm in norms] or [None]
     for path, other in zip(paths[1:], others):  # in every shard it should be the same
         if (other - first).norm() > 0.1 * first.norm():
             raise UserError(f"{path} and {paths[0]} are of different models: get them all again")
@@ -259,70 +75,6 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
         dim = SPLIT_DIM.get(name.split(".")[-2]) if len(pieces[0].shape) > 1 else None
         weights[name] = Weight(pieces[:1], 0) if dim is None else Weight(pieces, dim)
     return weights
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it belongs beside the weights") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): get it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} has no keys: get it again")
-    return found
-
-
-def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-    """Meta's params.json, where `sliding_window` may say which context is the longest to run.
-
-    It is Mistral's name for how many tokens back a token attends to: up to there to all of them,
-    as LLaMA's do.
-    """
-    path = ckpt_dir / "params.json"
-    params = read_json(path)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = n_words
-    params |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    args = to_args(params, path)
-    window = params.get("sliding_window") or max_seq_len
-    if args.vocab_size < n_words:
-        raise UserError(
-            f"{path}: vocab_size is {args.vocab_size}, but the tokenizer has {n_words} "
-            "pieces: it is another model's"
-        )
-    if max_seq_len > window:
-        raise UserError(f"--max_seq_len takes at most {window}, the sliding_window of {path}")
-    return args
-
-
-def check_types(params: dict, path: Path) -> None:
-    """Refuse keys too many or too few for params.json, and values that none of them has."""
-    kinds = typing.get_type_hints(ModelArgs) | {"sliding_window": int | None}
-    unknown = sorted(params.keys() - kinds.keys())
-    if unknown:
-        raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
-    for key in {"dim", "multiple_of", "n_heads", "n_layers", "norm_eps", *params}:
-        value = params.get(key, "missing")
-        kind = typing.get_args(kinds[key]) or (kinds[key],)  # X of X | None
-        allowed, limit = ((*kind, int), 1e12) if float in kind else (kind, LARGEST)
-        if type(value) not in allowed or value is not None and not 0 < value <= limit:
-            takes = f"a whole number from 1 to {limit}" if int in kind else "a number above 0"
-            raise UserError(f"{path}: {key} is {value!r:.60}, and should be {takes}")
-
-
-def to_args(params: dict, path: Path) -> ModelArgs:
-    """The model that params.json describes, if there can be such a one."""
-    check_types(params, path)
-    args = ModelArgs(**{key: params[key] for key in params if key != "sliding_window"})
-    if args.dim % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
-        raise UserError(
-            f"{path}: dim {args.dim} should be an even multiple of n_heads {args.n_heads}, and "
-            f"that a multiple of n_kv_heads {args.n_kv_heads}"
-        )
-    if args.n_layers > 1000 or not 0 < args.hidden_dim <= LARGEST:
-        raise UserError(f"{path}: no model has so many layers, or such wide ones: get it again")
-    return args
 
 
 def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> None:
@@ -373,15 +125,13 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     dtype = torch.get_default_dtype()
     if free is None or need(dtype, quantize) <= free:
         return
-    smaller = (
-        {
-            "--dtype bfloat16": (torch.bfloat16, quantize),
-            "--quantize int8": (dtype, "int8"),
-            "--quantize int4": (dtype, "int4"),
-        }
-        if not is_quantized(weights)
-        else {}
-    )
+    smaller = {
+        "--dtype bfloat16": (torch.bfloat16, quantize),
+        "--quantize int8": (dtype, "int8"),
+        "--quantize int4": (dtype, "int4"),
+    }
+    if is_quantized(weights):
+        smaller = {}
     fits = [flag for flag, how in smaller.items() if need(*how) <= free]
     remedy = "give " + " or ".join(fits) if fits else "close programs, or take a smaller model"
     raise UserError(

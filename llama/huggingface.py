@@ -11,19 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    BLOCK,
-    Stored,
-    Weight,
-    check_types,
-    read_index,
-    read_json,
-    stamp,
-    to_args,
-    write_merged,
-)
+from .checkpoint import write_merged
 from .errors import UserError
 from .model import Transformer
+from .params import check_types, read_json, to_args
+from .stored import Stored, Weight, read_index, stamp
 from .tokenizer import Tokenizer
 
 FIELDS = {  # of params.json, and where config.json has them
@@ -65,12 +57,10 @@ class Halves(Weight):
     head_dim: int
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        (piece,) = self.pieces
-        n_rows, dim = piece.shape
-        step = self.head_dim * max(1, BLOCK // (self.head_dim * dim * self.dtype.itemsize))
-        for start in range(0, n_rows, step):  # whole heads at once
-            rows = piece.rows(start, min(start + step, n_rows))
-            yield start, rows.view(-1, 2, self.head_dim // 2, dim).transpose(1, 2).flatten(0, 2)
+        halves = (-1, 2, self.head_dim // 2, self.shape[1])
+        for rows in self.ranges(self.shape[0], self.head_dim):  # whole heads
+            block = self.pieces[0].rows(rows)
+            yield rows.start, block.view(halves).transpose(1, 2).flatten(0, 2)
 
 
 def to_params(config: dict, path: Path) -> dict:

@@ -1,27 +1,19 @@
 """How a weight lies in memory, and how it is multiplied.
 
 A form of weight (float, int8, int4) can lie in memory in several layouts, and in each be multiplied
-in several ways. Which are the fastest differs between CPUs and between one token (bound by the
-memory's bandwidth) and many (bound by arithmetic): `tune` times them at load and keeps the winners.
-Operators that are not PyTorch's public API are used in this file alone, and left out where they
-are missing or wrong.
+in several ways, of which llama/tune.py finds the fastest. Operators that are not PyTorch's public
+API are used in this file alone; a way that has none is among the first layout's.
 """
 
-import copy
 import functools
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import memory
 from .cache import weighted_sums
 
 GROUPS = (64, 32)  # inputs that share an int4 scale: the first that divides them
@@ -31,11 +23,6 @@ PIECE = 2**24  # weights packed at a time: bounds the memory that it takes
 # Of a group's range, tried for int4.
 CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 MIXED = 64  # neighbouring inputs of w2 that are mixed
-N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
-TRIAL = 2**24  # weights of the matrix that they are timed on
-OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
-RUNS = 16  # of which the shortest counts; a quarter, of many tokens, which vary less
-UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, on this CPU
 
 
 class Form(nn.Module):
@@ -466,119 +453,3 @@ class Int8Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
-
-
-@torch.inference_mode()
-def tune(model: nn.Module) -> dict[str, str]:
-    """Choose how each form in the model lies and is multiplied; say what was chosen."""
-    kinds: dict[tuple, list[Form]] = {}
-    for module in model.modules():
-        if isinstance(module, Form):
-            kind = (type(module), tuple(module.layouts))
-            kinds.setdefault(kind, []).append(module)
-    chosen = {}
-    with packing(), ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
-        for modules in kinds.values():
-            largest = max(modules, key=lambda module: module.out_features * module.in_features)
-            layout, plan = choose(largest)
-            with memory.without_holes():
-                list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
-            chosen[type(largest).__name__] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
-    return chosen
-
-
-@contextmanager
-def packing() -> Iterator[None]:
-    """Let FBGEMM pack int8, also where PyTorch would choose another for quantized tensors.
-
-    That PyTorch will do away with these some day is nothing to tell the user at each start.
-    """
-    before = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "fbgemm" in torch.backends.quantized.supported_engines:
-            torch.backends.quantized.engine = "fbgemm"
-        try:
-            yield
-        finally:
-            torch.backends.quantized.engine = before
-
-
-Plan = tuple[tuple[int, str], ...]  # from how many tokens on, which way
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Of memory, for a model's weights."""
-    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, Form))
-    return packed + sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def settle(module: Form, layout: str, plan: Plan) -> None:
-    try:
-        module.pack(layout)
-        module.plan = plan
-    except RuntimeError:  # it stays in rows, and its plan the one that always works
-        pass
-
-
-def choose(module: Form) -> tuple[str, Plan]:
-    """The layout and the plan that take the least time, tried on a few rows of this width."""
-    n_rows = min(module.out_features, TRIAL // module.in_features // 512 * 512 or 64)
-    copies = math.gcd(n_rows, 512) // 64 or 1
-    inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
-    inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
-    in_rows = holding(type(module), torch.randn(n_rows // copies, module.in_features), copies)
-    expected = in_rows(inputs[1]).float()
-    ways = {}
-    for layout, names in module.layouts.items():
-        with suppress(*UNAVAILABLE):
-            trial = in_rows if layout == "rows" else copy.deepcopy(in_rows)
-            trial.pack(layout)
-            every = {(layout, name): getattr(trial, name) for name in names}
-            ways |= {key: way for key, way in every.items() if is_right(way, inputs[1], expected)}
-    other = torch.ones(min(OTHER, 8 * n_rows * module.in_features))
-    seconds = {n: least_times(ways, x, other) for n, x in inputs.items()}
-
-    best = (math.inf, "rows", module.plan)
-    for layout in dict.fromkeys(layout for layout, _ in ways):
-        plan, cost = [], {}
-        for n, times in seconds.items():
-            cost[n], way = min((s, way) for (where, way), s in times.items() if where == layout)
-            if not plan or plan[-1][1] != way:
-                plan.append((n, way))
-        # A prompt and 128 new tokens, and now and then 16 as one of four.
-        total = 128 * cost[1] + 4 * cost[4] + cost[128]
-        best = min(best, (total, layout, tuple(plan)))
-    return best[1:]
-
-
-def holding(form: type[Form], weight: Tensor, copies: int = 1) -> Form:
-    """A module of a form that holds an fp32 matrix, or several of it one below the other."""
-    module = form(len(weight) * copies, weight.shape[1])
-    for name, buffer in form.quantize(weight).items():
-        setattr(module, name, buffer.repeat(copies, *[1] * (buffer.dim() - 1)))
-    return module
-
-
-def is_right(multiply: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
-    try:
-        return bool((multiply(x).float() - expected).norm() < 0.03 * expected.norm())
-    except UNAVAILABLE:
-        return False
-
-
-def least_times(ways: dict[tuple, Callable], x: Tensor, other: Tensor) -> dict[tuple, float]:
-    """Seconds that each takes, of runs in turn, for few tokens with `other` read before each.
-
-    What is far behind after the first runs is not run again.
-    """
-    least, few = dict.fromkeys(ways, math.inf), len(x) < 16
-    for turn in range(RUNS if few else RUNS // 4):
-        for key, multiply in ways.items():
-            if turn < 2 or least[key] < 2 * min(least.values()):
-                if few:
-                    other.sum()
-                begin = time.perf_counter()
-                multiply(x)
-                least[key] = min(least[key], time.perf_counter() - begin)
-    return least

@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
-from llama import linear, memory
+from llama import memory, tune
 from llama.checkpoint import find_files, layout, reserve
+from llama.linear import Form
 from model.demo.train import bits_per_byte, read
 from tests.peers import PEERS, GGUFTokenizer, convert_gguf
 
@@ -155,15 +156,15 @@ def score(folder: Path, tokenizer: llama.Tokenizer | GGUFTokenizer, texts: list[
     print("| dtype | multiplied by | bits per byte | perplexity, of fp32's |")
     print("|---|---|---|---|")
     for dtype, way in WAYS:
-        linear.choose = functools.partial(forced, way)
+        tune.choose = functools.partial(forced, way)
         bits = bits_per_byte(load(folder, dtype, 512).model, tokenizer, texts)
         first = first or bits
         ratio = 2 ** ((bits - first) * n_bytes / n_tokens)
         print(f"| {dtype} | {way} | {bits:.4f} | {ratio:.4f} |", flush=True)
 
 
-def forced(way: str, module: linear.Form) -> tuple[str, linear.Plan]:
-    """What `linear.choose` would say if only this way were there."""
+def forced(way: str, module: Form) -> tuple[str, tune.Plan]:
+    """What `tune.choose` would say if only this way were there."""
     for where, ways in module.layouts.items():
         if way in ways:
             return where, ((1, way),)

@@ -21,8 +21,9 @@ from conftest import TOKENIZER, random_weights, write_shards
 
 import llama
 from llama import memory
-from llama.checkpoint import merge, read_index
+from llama.checkpoint import merge
 from llama.generation import Sampling, sample
+from llama.stored import read_index
 
 PARAMS = {
     "dim": 64,

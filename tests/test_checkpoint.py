@@ -42,7 +42,7 @@ def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
 
 
 def test_blocks_are_read_in_the_right_order(sharded, weights, monkeypatch):
-    monkeypatch.setattr("llama.checkpoint.BLOCK", 1000)
+    monkeypatch.setattr("llama.stored.BLOCK", 1000)
     paths = sorted(sharded.glob("*.pth"))
     for name, weight in open_checkpoint(paths).items():
         assert torch.equal(weight.read(torch.float16), weights[name].half())

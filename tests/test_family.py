@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import llama
 from llama.huggingface import convert_folder, open_folder, to_params
-from llama.linear import Int8Linear, tune
+from llama.linear import Int8Linear
 from llama.model import precompute_freqs_cis
+from llama.tune import tune
 
 GROUPED = {  # two query heads to each of eight kv heads, as many as Llama 2 70B's
     "dim": 128,
@@ -254,8 +255,7 @@ def test_a_converted_folder_agrees_with_transformers(name, tmp_path, out):
 
 @pytest.mark.parametrize("kind", ["sharded", "bin", "half", "bfloat16"])
 def test_every_format_of_weights_agrees_with_transformers(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama.checkpoint.BLOCK", 10000)  # less than a weight, more than a head
-    monkeypatch.setattr("llama.huggingface.BLOCK", 10000)
+    monkeypatch.setattr("llama.stored.BLOCK", 10000)  # less than a weight, more than a head
     folder = write_folder(tmp_path, FOLDERS["grouped"], kind)
     if kind == "sharded":
         assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2

@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, TOKENIZER
 
 import llama
-from llama.checkpoint import Stored, merge, read_index, reserve
+from llama.checkpoint import merge, reserve
+from llama.stored import Stored, read_index
 
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
 TRACEBACK = "Traceback"
@@ -100,23 +101,23 @@ def test_an_output_folder_that_is_a_file(checkpoint, tmp_path):
 MERGE = """
 import os, signal, sys
 from pathlib import Path
-import llama.checkpoint as checkpoint
+from llama import checkpoint, stored
 folder, out = map(Path, sys.argv[1:])
-checkpoint.BLOCK = 65536
+stored.BLOCK = 65536
 checkpoint.reserve(out / "warm", {})  # what it imports, once for all children
 (out / "warm").unlink()
-rows = checkpoint.Stored.rows
+rows = stored.Stored.rows
 for point in range(10):
     pid = os.fork()
     if not pid:
         n_read = 0
-        def killed(self, start, end):
+        def killed(self, which):
             global n_read
             n_read += 1
             if n_read > 4 * point:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return rows(self, start, end)
-        checkpoint.Stored.rows = killed
+            return rows(self, which)
+        stored.Stored.rows = killed
         checkpoint.merge(folder, out, overwrite=True)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
@@ -148,10 +149,10 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
 def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, monkeypatch):
     rows = Stored.rows
 
-    def taken_over(self, start, end):
+    def taken_over(self, which):
         monkeypatch.setattr(Stored, "rows", rows)
         merge(checkpoint, tmp_path)
-        return rows(self, start, end)
+        return rows(self, which)
 
     monkeypatch.setattr(Stored, "rows", taken_over)
     with pytest.raises((llama.UserError, OSError), match="merged.pth"):
@@ -185,12 +186,12 @@ def test_a_shard_rewritten_while_it_is_read(checkpoint, tmp_path, monkeypatch, c
     folder = shutil.copytree(checkpoint, tmp_path / "7B")
     rows, n_read = Stored.rows, 0
 
-    def changed(self, start, end):
+    def changed(self, which):
         nonlocal n_read
         n_read += 1
         if n_read == n_reads + 1:
             change(self.path)
-        return rows(self, start, end)
+        return rows(self, which)
 
     monkeypatch.setattr(Stored, "rows", changed)
     with pytest.raises(llama.UserError, match="00.pth (was written to|ends too early)"):
@@ -219,10 +220,10 @@ sys.path.insert(0, os.path.dirname(script))
 if stage == "import":
     sys.meta_path.insert(0, Finder)
 else:
-    from llama.checkpoint import Stored
     from llama.model import Transformer
+    from llama.stored import Stored
     if stage in ("load", "merge"):
-        interrupt(Stored, "rows", lambda self, start, end: "layers.1" in self.name)
+        interrupt(Stored, "rows", lambda self, which: "layers.1" in self.name)
     elif stage == "prefill":
         interrupt(Transformer, "forward", lambda self, tokens, *_: len(tokens[0]) > 1)
     else:

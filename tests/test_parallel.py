@@ -17,9 +17,10 @@ from conftest import ROOT, TOKENIZER, write_shards
 import llama
 from llama import parallel
 from llama.chat import STYLES, Chat
-from llama.checkpoint import Stored, Weight, merge, share
+from llama.checkpoint import merge, share
 from llama.generation import Sampling
 from llama.parallel import cores_by_node, joined, place
+from llama.stored import Stored, Weight
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
 # So many that errors average out: those of two sequences differ by a tenth and more by chance.

@@ -5,7 +5,7 @@ import torch
 from conftest import DEMO, TOKENIZER, random_weights, write_shards
 
 import llama
-from llama import linear
+from llama import linear, tune
 from llama.checkpoint import merge
 from llama.linear import BF16Linear, FP32Linear, Int4Linear, Int8Linear, hadamard, mix
 from llama.quantize import rotate
@@ -41,11 +41,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def made(form: type[linear.Form], weight: torch.Tensor, layout: str = "rows") -> linear.Form:
     """A module of this form that holds the matrix; skips where this CPU has no such layout."""
     try:
-        with linear.packing():
-            module = linear.holding(form, weight)
+        with tune.packing():
+            module = tune.holding(form, weight)
             module.pack(layout)
             return module
-    except linear.UNAVAILABLE as error:
+    except tune.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
 
 
@@ -109,7 +109,7 @@ def test_every_way_multiplies_by_the_same_matrix(request, form, layout, way, n_t
     expected = x.float() @ dense(made(form, weight)).t()
     try:
         y = getattr(made(form, weight, layout), way)(x)
-    except linear.UNAVAILABLE as error:
+    except tune.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
     assert y.dtype == dtype
     rounding = 0.005 if dtype == torch.bfloat16 else 0
@@ -145,7 +145,7 @@ def test_bags_need_not_be_full(way):
 
 def test_weights_beyond_fp16_stay_bf16():
     module = made(BF16Linear, torch.full((64, 64), 1e5))
-    linear.settle(module, "fbgemm", ((1, "fbgemm"),))
+    tune.settle(module, "fbgemm", ((1, "fbgemm"),))
     assert torch.equal(module(torch.ones(1, 64)), torch.full((1, 64), 64 * 99840.0))
 
 
@@ -153,7 +153,7 @@ def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise()
     module = made(Int8Linear, torch.randn(64, 40))
     with pytest.raises(RuntimeError):
         module.int8pack(torch.ones(1, 40))
-    _, plan = linear.choose(module)
+    _, plan = tune.choose(module)
     assert "int8pack" not in {way for _, way in plan}
 
 
@@ -171,7 +171,7 @@ def test_int8_activations_are_rounded_to_one_scale_a_token_and_by_nothing_else(
     expected = (x / s).round() * s @ dense(made(form, weight)).t()
     try:
         y = getattr(module, way)(x)
-    except linear.UNAVAILABLE as error:
+    except tune.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
     assert relative_error(y, expected) < 1e-6
 
@@ -190,7 +190,7 @@ def test_fbgemm_sums_the_largest_numbers_without_overflow_and_keeps_small_ones(w
 def test_int8_has_a_layout_for_vnni_and_another_for_cpus_without(monkeypatch, exact, layout):
     monkeypatch.setattr(linear, "int8_is_exact", lambda: exact)
     with pytest.raises(RuntimeError, match="another CPU"):
-        linear.holding(Int8Linear, torch.randn(64, 64)).pack(layout)
+        tune.holding(Int8Linear, torch.randn(64, 64)).pack(layout)
 
 
 @pytest.mark.parametrize("rounded", [linear.round_activations, linear.round_twice])
@@ -209,13 +209,13 @@ def test_a_missing_operator_leaves_the_plain_way(monkeypatch):
 
     for way in ("int8pack", "onednn", "fbgemm"):
         monkeypatch.setattr(Int8Linear, way, missing)
-    assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
+    assert tune.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
 
 def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch):
     for way in ("int8pack", "onednn", "fbgemm"):
         monkeypatch.setattr(Int8Linear, way, lambda self, x: self.unpack(x) * 1.1)
-    assert linear.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
+    assert tune.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
 
 def test_an_unknown_4_bit_layout_leaves_its_operator(monkeypatch):
