@@ -15,7 +15,7 @@ from .checkpoint import write_merged
 from .errors import UserError
 from .model import Transformer
 from .params import check_types, read_json, to_args
-from .stored import Stored, Weight, read_index, stamp
+from .stored import DTYPES, Stored, Weight, read_index, stamp
 from .tokenizer import Tokenizer
 
 FIELDS = {  # of params.json, and where config.json has them
@@ -72,7 +72,8 @@ def to_params(config: dict, path: Path) -> dict:
     check_types(params, path)
     params["n_kv_heads"] = params["n_kv_heads"] or params["n_heads"]
     params["ffn_dim_multiplier"] = config["intermediate_size"] / int(2 / 3 * 4 * params["dim"])
-    rope = config.get("rope_parameters") or config  # since transformers 5, and before
+    rope = config.get("rope_parameters")  # since transformers 5
+    rope = rope if isinstance(rope, dict) else config  # and before
     params["rope_theta"] = rope.get("rope_theta") or 10000.0
 
     served = {
@@ -120,7 +121,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 shape = torch.Size(view.get_shape())
                 index[name] = Stored(path, offset, shape, view[:0].dtype, name, now)
                 offset += shape.numel() * index[name].dtype.itemsize
-    except SafetensorError as error:
+    except (SafetensorError, IndexError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({error}): get it again") from None
     return index
 
@@ -129,13 +130,17 @@ def open_folder(folder: Path) -> tuple[dict[str, Weight], dict]:
     """Every weight under Meta's name, its rows in Meta's order; and what params.json is to say."""
     config = {"num_key_value_heads": None} | read_json(folder / "config.json")
     params = to_params(config, folder / "config.json")
+    params["sliding_window"] = config.get("sliding_window")
+    if not (folder / "tokenizer.model").exists():
+        raise UserError(f"{folder} has no tokenizer.model: get that file too")
+    n_words = Tokenizer(folder / "tokenizer.model").n_words
+    args = to_args(params | {"max_seq_len": 1}, folder / "config.json", n_words)
     stored = {}
     for path in next(filter(None, (sorted(folder.glob(pattern)) for pattern in FILES)), ()):
         stored |= read_safetensors(path) if path.suffix == ".safetensors" else read_index(path)
     if config.get("tie_word_embeddings"):
         stored["lm_head.weight"] = stored.get("model.embed_tokens.weight")
 
-    args = to_args(params | {"max_seq_len": 1}, folder / "config.json")
     with torch.device("meta"):
         model = Transformer(args)
     weights = {}
@@ -145,12 +150,14 @@ def open_folder(folder: Path) -> tuple[dict[str, Weight], dict]:
         if place is None or place.shape != weight.shape:
             shape = tuple(weight.shape)
             raise UserError(f"{folder} has no {theirs} of shape {shape}: are all files there?")
+        if place.dtype not in DTYPES or not place.dtype.is_floating_point:
+            raise UserError(f"{folder}: {theirs} is {place.dtype}: this program does not run such")
         turned = ".wq." in name or ".wk." in name
         weights[name] = Halves([place], 0, args.head_dim) if turned else Weight([place], 0)
     for name in stored:
         if not name.endswith("rotary_emb.inv_freq"):  # in old folders; the model computes it anew
             raise UserError(f"{folder} has {name}: this program does not run such a model")
-    return weights, params | {"sliding_window": config.get("sliding_window")}
+    return weights, params
 
 
 def convert_folder(
@@ -158,7 +165,6 @@ def convert_folder(
 ) -> Path:
     """Write a Hugging Face folder as merged.pth, params.json and tokenizer.model in output_dir."""
     weights, params = open_folder(folder)
-    Tokenizer(folder / "tokenizer.model")
     beside = {
         output_dir / "params.json": json.dumps(params, indent=2).encode(),
         output_dir / "tokenizer.model": (folder / "tokenizer.model").read_bytes(),

@@ -33,13 +33,8 @@ def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: 
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = n_words
     params |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    args = to_args(params, path)
+    args = to_args(params, path, n_words)
     window = params.get("sliding_window") or max_seq_len
-    if args.vocab_size < n_words:
-        raise UserError(
-            f"{path}: vocab_size is {args.vocab_size}, but the tokenizer has {n_words} "
-            "pieces: it is another model's"
-        )
     if max_seq_len > window:
         raise UserError(f"--max_seq_len takes at most {window}, the sliding_window of {path}")
     return args
@@ -60,14 +55,19 @@ def check_types(params: dict, path: Path) -> None:
             raise UserError(f"{path}: {key} is {value!r:.60}, and should be {takes}")
 
 
-def to_args(params: dict, path: Path) -> ModelArgs:
-    """The model that params.json describes, if there can be such a one."""
+def to_args(params: dict, path: Path, n_words: int) -> ModelArgs:
+    """The model that params.json describes, if there can be such a one with this tokenizer."""
     check_types(params, path)
     args = ModelArgs(**{key: params[key] for key in params if key != "sliding_window"})
     if args.dim % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
         raise UserError(
             f"{path}: dim {args.dim} should be an even multiple of n_heads {args.n_heads}, and "
             f"that a multiple of n_kv_heads {args.n_kv_heads}"
+        )
+    if args.vocab_size < n_words:
+        raise UserError(
+            f"{path}: vocab_size is {args.vocab_size}, but the tokenizer has {n_words} "
+            "pieces: it is another model's"
         )
     if args.n_layers > 1000 or not 0 < args.hidden_dim <= LARGEST:
         raise UserError(f"{path}: no model has so many layers, or such wide ones: get it again")

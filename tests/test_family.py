@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOKENIZER, write_shards
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -350,6 +351,9 @@ def test_the_script_recognises_a_folder_and_what_it_writes_runs(tmp_path, out, r
         ("head_dim", 32),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ("rope_parameters", [1]),
+        ("sliding_window", "x"),
+        ("vocab_size", 100),
         ("quantization_config", {"quant_method": "gptq"}),
     ],
 )
@@ -375,6 +379,24 @@ def test_a_missing_or_damaged_file_of_weights_is_named(tmp_path, out):
     assert first.name in refusal(folder, out)
     first.unlink()
     assert "model." in refusal(folder, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64])
+def test_weights_that_are_no_floats_are_refused(dtype, tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(
+        dtype
+    )
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "layers.1.mlp.up_proj.weight is" in refusal(folder, out)
+
+
+def test_a_number_among_the_weights_is_refused(tmp_path, out):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    weights = load_file(folder / "model.safetensors") | {"a.scalar": torch.tensor(1.0)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "model.safetensors" in refusal(folder, out)
 
 
 def test_safetensors_is_asked_for_by_name(tmp_path, out, monkeypatch):
@@ -437,5 +459,6 @@ def test_an_unknown_key_of_params_json_is_refused_by_name(key, grouped, tmp_path
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(grouped, tmp_path):
     params = tmp_path / "params.json"
     params.write_text(json.dumps(GROUPED | {"vocab_size": 2000}))
+    (tmp_path / "merged.pth").symlink_to(grouped[1] / "consolidated.00.pth")
     with pytest.raises(llama.UserError, match="2000.*2048"):
         llama.load(tmp_path, TOKENIZER)
