@@ -86,7 +86,10 @@ def read_lines() -> Iterator[str]:
         except EOFError:
             if interactive:
                 print()
+            if text:
+                yield text
             return
+        text = text.rstrip()  # also of Windows' \r
         if text.endswith("\\"):
             text = text[:-1] + "\n"
         else:

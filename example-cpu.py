@@ -77,7 +77,7 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
 
 def read_prompt(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()  # \r stays as it is
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {path} cannot be read as UTF-8 text: {error}") from None
 

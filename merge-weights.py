@@ -3,13 +3,17 @@
 import sys
 from pathlib import Path
 
-from llama.checkpoint import SHARDS, merge
-from llama.cli import check_quantize, parse_dtype, run
+from llama.checkpoint import find_shards, merge
+from llama.cli import parse_dtype, run
 from llama.errors import UserError, require
 from llama.huggingface import convert_folder
+from llama.quantize import check_quantize
+
+SIZES = ("7B", "13B", "30B", "34B", "65B", "70B")
 
 
 def main(
+    *,
     model_size: str | None = None,
     input_dir: str = "model",
     output_dir: str = ".",
@@ -30,17 +34,18 @@ def main(
         quantize: int8 or int4, so that loading reads a half or a quarter as much.
         overwrite: Replace what is there already.
     """
-    require(model_size in (None, *SHARDS), "model_size", ", ".join(SHARDS), model_size)
+    require(model_size in (None, *SIZES), "model_size", ", ".join(SIZES), model_size)
     check_quantize(quantize)
     folder = Path(input_dir, model_size or "")
     foreign = (folder / "config.json").exists()
-    if not foreign and not any(folder.glob("consolidated.*.pth")):
+    if not foreign and not find_shards(folder):
         raise UserError(
             f"{folder} has neither consolidated.*.pth nor a config.json: "
             "name the folder that has the weights with --input_dir and --model_size"
         )
     write = convert_folder if foreign else merge
-    target = write(folder, Path(output_dir), dtype and parse_dtype(dtype), quantize, overwrite)
+    to = None if dtype is None else parse_dtype(dtype)
+    target = write(folder, Path(output_dir), to, quantize, overwrite)
     params = Path(output_dir if foreign else folder, "params.json")
     print(f"wrote {target}: it runs beside {params}", file=sys.stderr)
 

@@ -13,7 +13,7 @@ import fire
 import torch
 
 from . import memory
-from .checkpoint import check_files, find_files, load
+from .checkpoint import find_files, load
 from .errors import UserError, require
 from .generation import LLaMA
 from .parallel import joined
@@ -29,8 +29,10 @@ def run(main: Callable[..., None]) -> None:
     file that may not be read) is told as a mistake is. Nothing runs before the whole command line
     is understood.
     """
-    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: no file of ours is to get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     argv = [os.fsencode(arg).decode("utf-8", "replace") for arg in sys.argv[1:]]
     try:
         with joined():
@@ -48,14 +50,14 @@ def run(main: Callable[..., None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
-        sys.exit("error: out of memory: give a smaller --max_batch_size or --max_seq_len")
+        sys.exit("error: out of memory: close programs, or ask for less at once")
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
     """Positional arguments, always text, and the flags given, of the types in main's signature."""
     n_flags = argv.index("--") if "--" in argv else len(argv)
     parameters = inspect.signature(main).parameters
-    command = [quoted(arg, parameters) for arg in argv[:n_flags]]
+    command = [quoted(spelled_out(arg, parameters), parameters) for arg in argv[:n_flags]]
     name = Path(sys.argv[0]).name
     for arg in command:
         flag = arg.partition("=")[0]
@@ -75,6 +77,13 @@ def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
     return [*args, *argv[n_flags + 1 :]], values
 
 
+def spelled_out(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """-s as --seed where no other flag begins so: --help shows such flags."""
+    flags = [name for name in parameters if arg.partition("=")[0] == f"-{name[0]}"]
+    keywords = [name for name in flags if parameters[name].kind == inspect.Parameter.KEYWORD_ONLY]
+    return f"--{keywords[0]}{arg[2:]}" if len(keywords) == 1 else arg
+
+
 def quoted(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     """An argument such that Fire, which reads Python literals, passes its text on as it is."""
     if not re.match("--|-[a-zA-Z]", arg):
@@ -86,14 +95,15 @@ def quoted(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     return f"{flag}={text!r}" if equals else flag
 
 
-def convert(name: str, parameter: inspect.Parameter, text: str) -> str | int | float | bool:
-    """A flag's value in the type that it is annotated with."""
+def convert(name: str, parameter: inspect.Parameter, text: str | bool) -> str | int | float | bool:
+    """A flag's value in the type that it is annotated with; True stands for none."""
     kind = (typing.get_args(parameter.annotation) or (parameter.annotation,))[0]  # X of X | None
-    text = str(text)  # True, where a flag has no value
+    takes = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+    if text is True:
+        raise UserError(f"--{name} takes {takes}")
     try:
         return {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        takes = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise UserError(f"--{name} takes {takes}, not {text!r}") from None
 
 
@@ -111,12 +121,10 @@ def open_model(
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo that comes along.
     """
     torch.set_default_dtype(parse_dtype(dtype))
-    check_quantize(quantize)
-    folder = Path(ckpt_dir) if ckpt_dir else default_model()
-    check_files(folder, find_files(folder))
-    own = folder / "tokenizer.model"
-    tokenizer = tokenizer_path or (own if own.exists() else "tokenizer/tokenizer.model")
-    llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
+    folder = default_model() if ckpt_dir is None else Path(ckpt_dir)
+    llama = load(
+        folder, tokenizer_path or default_tokenizer(folder), max_seq_len, max_batch_size, quantize
+    )
     if verbose:
         print(f"weights: {llama.weight_bytes / 1e9:.2f} GB", file=sys.stderr)
         for form, ways in llama.plan.items():
@@ -130,10 +138,6 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def check_quantize(name: str | None) -> None:
-    require(name in (None, "int8", "int4"), "quantize", "int8 or int4", name)
-
-
 def default_model() -> Path:
     for folder in (Path("model"), ROOT / "model"):
         if find_files(folder):
@@ -141,6 +145,13 @@ def default_model() -> Path:
     demo = ROOT / "model" / "demo"
     print(f"no weights in ./model: running the demo model, {demo}", file=sys.stderr)
     return demo
+
+
+def default_tokenizer(folder: Path) -> Path:
+    """The one beside the weights, or else in ./tokenizer, here or beside the scripts."""
+    here = Path("tokenizer", "tokenizer.model")
+    places = (folder / "tokenizer.model", here, ROOT / here)
+    return next((path for path in places if path.exists()), here)
 
 
 def peak_memory() -> str:

@@ -36,7 +36,7 @@ class Sampling:
         require(0 <= t < math.inf, "temperature", "a number from 0 on", t)
         require(0 <= p <= 1, "top_p", "a number from 0 to 1", p)
         require(k is None or k >= 0, "top_k", "a whole number from 0 (off) on", k)
-        require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
+        require(1e-9 <= penalty <= 1e9, "repetition_penalty", "1e-9 to 1e9", penalty)
         require(abs(self.seed or 0) < 2**63, "seed", "a whole number of up to 18 digits", self.seed)
 
     def generator(self) -> torch.Generator:

@@ -34,6 +34,12 @@ def example(
     """
 
 
+def test_a_letter_stands_for_the_one_flag_that_begins_with_it():
+    assert parse(example, ["-q"]) == ([], {"quiet": True})
+    with pytest.raises(SystemExit):
+        parse(example, ["-t", "1"])  # top_p or top_k
+
+
 def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere():
     argv = ["123", "--top_p", "0.5", "[1]", "None", '"quoted"', "--quiet", "-5", "", "--top_k=3"]
     args, flags = parse(example, [*argv, "--", "--led", "-h"])

@@ -86,7 +86,7 @@ def test_the_most_probable_token_alone_is_left(options):
         "temperature": [-0.1, math.inf, math.nan],
         "top_p": [-0.1, 1.1, math.nan],
         "top_k": [-1],
-        "repetition_penalty": [0, -1, math.inf],
+        "repetition_penalty": [0, -1, math.inf, 1e39, 1e-40],
         "max_gen_len": [-1],
         "seed": [2**64],
     }.items(),

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, TOKENIZER, write_shards
 
 import llama
+from llama.cli import default_tokenizer
 
 RULE = b"\n\n==================================\n\n"
 
@@ -56,8 +58,7 @@ def test_weights_in_model_are_the_default(run_script, weights, tmp_path):
 
 @pytest.mark.parametrize("script", ["example-cpu.py", "example-chat.py", "merge-weights.py"])
 def test_a_mistyped_flag_ends_in_usage_before_anything_is_loaded(run_script, script):
-    required = ["--model_size", "13B"] if script == "merge-weights.py" else []
-    done = run_script(script, *required, "--temprature", 1)
+    done = run_script(script, "--temprature", 1)
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"--temprature" in done.stderr
@@ -85,12 +86,63 @@ def test_merged_shards_continue_prompts_as_the_shards_do(run_script, weights, tm
     assert greedy(folder, ["Once upon a time"], 10) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--overwrite=False"], "merged.pth exists"),
+        (["--overwrite=maybe"], "--overwrite takes True or False"),
+        (["--output_dir"], "--output_dir takes a text"),
+        (["--input_dir", "--quantize", "int8"], "--input_dir takes a text"),
+    ],
+)
+def test_a_flag_of_merge_weights_is_taken_as_what_it_says(
+    run_script, checkpoint, tmp_path, flags, said
+):
+    (tmp_path / "merged.pth").write_text("mine")
+    given = ["--input_dir", checkpoint] if "--input_dir" not in flags else []
+    done = run_script("merge-weights.py", *given, *flags)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ") and said.encode() in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert (tmp_path / "merged.pth").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes them")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_is_closed_stands_for_an_empty_one(checkpoint, tmp_path, closed):
+    flags = f"--ckpt_dir {checkpoint} --tokenizer_path {TOKENIZER} --temperature 0 --max_gen_len 5"
+    command = f"{sys.executable} {ROOT}/example-cpu.py Hello {flags} {closed}"
+    done = subprocess.run(["sh", "-c", command], check=False, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout == (greedy(checkpoint, ["Hello"], 5)[0] + RULE if closed != ">&-" else b"")
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_tokenizer_beside_the_scripts_is_found_as_the_weights_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("llama.cli.ROOT", tmp_path / "repo")
+    monkeypatch.chdir(tmp_path)
+    assert default_tokenizer(tmp_path) == Path("tokenizer/tokenizer.model")  # for the error's text
+    beside = tmp_path / "repo" / "tokenizer" / "tokenizer.model"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
+    assert default_tokenizer(tmp_path) == beside
+
+
 def test_chat_answers_each_line_until_the_end_of_input(run_script, checkpoint):
     flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--max_gen_len", 5]
     done = run_script("example-chat.py", *flags, "--seed", 1, input=b"hello\nyou there?\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"\n") >= 2
     assert b"prompt>" not in done.stdout
+
+
+@pytest.mark.parametrize("text", [b"hello\\\n", b"hello\r\n/exit\r\nhello\n"])
+def test_chat_reads_windows_lines_and_a_last_one_that_would_go_on(run_script, checkpoint, text):
+    flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--max_gen_len", 5]
+    done = run_script("example-chat.py", *flags, "--seed", 1, input=text)
+    assert done.returncode == 0
+    assert done.stderr.count(b"tokens/s") == 1
+    assert b"no such command" not in done.stderr
 
 
 def test_pytorch_says_nothing_of_a_numpy_that_is_not_installed():
