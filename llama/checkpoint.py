@@ -14,11 +14,19 @@ from tqdm import tqdm
 from . import memory
 from .errors import UserError, require
 from .generation import LLaMA
-from .linear import Int4Linear, Int8Linear, mixed
+from .linear import mixed
 from .model import ModelArgs, Transformer
 from .parallel import connect, place
 from .params import LARGEST, read_params
-from .quantize import VERSION, form_of, norm_before, turned, use_forms
+from .quantize import (
+    VERSION,
+    check_quantize,
+    form_of,
+    form_there,
+    norm_before,
+    turned,
+    use_forms,
+)
 from .stored import BLOCK, Stored, Weight, read_index
 from .tokenizer import Tokenizer
 from .tune import tune, weight_bytes
@@ -36,21 +44,27 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
 }
 FORMAT = "quantized.format"  # one number, beside quantized weights
 UNUSED = {"rope.freqs", FORMAT}  # in files, and not in the model: it computes its own angles
-SHARDS = {"7B": 1, "13B": 2, "30B": 4, "34B": 4, "65B": 8, "70B": 8}
 WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
 
 
 def find_files(ckpt_dir: Path) -> list[Path]:
     """merged.pth where there is one, otherwise all shards in their order."""
     merged = ckpt_dir / "merged.pth"
-    return [merged] if merged.exists() else sorted(ckpt_dir.glob("consolidated.*.pth"))
+    return [merged] if merged.exists() else find_shards(ckpt_dir)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 
 
 def check_files(folder: Path, paths: list[Path]) -> list[Path]:
     """The paths, if there are any and none is missing between them."""
     if not paths:
         there = "has no consolidated.*.pth and no merged.pth" if folder.is_dir() else "is no folder"
-        raise UserError(f"{folder} {there}: name the folder that has the weights with --ckpt_dir")
+        remedy = "name the folder that has the weights with --ckpt_dir"
+        if (folder / "config.json").exists():
+            remedy = f"convert it first, merge-weights.py --input_dir {folder}"
+        raise UserError(f"{folder} {there}: {remedy}")
     for number, path in enumerate(paths):
         if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
             raise UserError(f"{path} is there without consolidated.{number:02}.pth: get all shards")
@@ -93,8 +107,8 @@ def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> No
         expected = Transformer(replace(args, max_seq_len=1, n_layers=n_layers)).state_dict()
         for name, tensor in list(expected.items()):
             stem = name.removesuffix("weight")
-            if f"{stem}scales" in weights and tensor.dim() == 2:
-                form = Int4Linear if f"{stem}groups" in weights else Int8Linear
+            form = form_there(stem, weights)
+            if form and tensor.dim() == 2:
                 expected |= form(*tensor.shape).state_dict(prefix=stem)
     for name in (*expected, *(weights.keys() - UNUSED)):
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
@@ -120,7 +134,9 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         state = layout(weights, dtype, quantize)
         # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
         n_bytes = sum(t.nbytes * (2 if k.endswith(".groups") else 1) for k, t in state.items())
-        return n_bytes + cache * cache_dtype(state, dtype).itemsize + WORKING
+        # One matrix is turned whole, in fp32.
+        turning = 4 * args.dim * args.hidden_dim if quantize else 0
+        return n_bytes + cache * cache_dtype(state, dtype).itemsize + turning + WORKING
 
     dtype = torch.get_default_dtype()
     if free is None or need(dtype, quantize) <= free:
@@ -156,7 +172,8 @@ def share(name: str, weight: Weight, rank: int, world: int) -> Weight:
         return weight
     quantized_w2 = name.endswith("w2.weight") and weight.dtype == torch.int8
     if weight.shape[dim] % (world * (mixed(weight.shape[dim]) if quantized_w2 else 1)):
-        raise UserError(f"{world} ranks cannot share {name} of shape {tuple(weight.shape)} alike")
+        shape = tuple(weight.shape)
+        raise UserError(f"{world} ranks cannot share {name} of shape {shape} alike: start fewer")
     return weight.part(rank, world)
 
 
@@ -191,7 +208,7 @@ def fill(
     """Read a weight, or a rank's share of it, into those tensors of the state that hold it."""
     weight = share(name, weights[name], rank, world)
     form = quantize and form_of(name, weight.shape, quantize)
-    if quantize and not form:  # a norm, whose gain is in the matrices that follow
+    if quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
         state[name].fill_(1)
     elif not form:
         weight.copy_to(state[name])
@@ -223,10 +240,12 @@ def load(
     """The model in ckpt_dir, in the default dtype, with its tokenizer."""
     require(0 < max_seq_len <= LARGEST, "max_seq_len", f"1 to {LARGEST} tokens", max_seq_len)
     require(0 < max_batch_size <= LARGEST, "max_batch_size", "1 prompt or more", max_batch_size)
+    check_quantize(quantize)
     ckpt_dir = Path(ckpt_dir)
+    paths = check_files(ckpt_dir, find_files(ckpt_dir))
     tokenizer = Tokenizer(tokenizer_path)
     args = read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
-    weights = open_checkpoint(check_files(ckpt_dir, find_files(ckpt_dir)))
+    weights = open_checkpoint(paths)
     check_fit(weights, args, ckpt_dir)
     for name in UNUSED & weights.keys():
         del weights[name]
@@ -275,7 +294,7 @@ def merge(
     overwrite: bool = False,
 ) -> Path:
     """Write the shards in input_dir as one output_dir/merged.pth."""
-    paths = check_files(input_dir, sorted(input_dir.glob("consolidated.*.pth")))
+    paths = check_files(input_dir, find_shards(input_dir))
     weights = open_checkpoint(paths)
     if quantize or (input_dir / "params.json").exists():
         embeddings = weights.get("tok_embeddings.weight")
@@ -293,10 +312,15 @@ def write_merged(
 ) -> Path:
     """Write the weights as one output_dir/merged.pth, in little memory."""
     target = output_dir / "merged.pth"
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: move it away, or give --overwrite")
-    partial = target.with_name(".merged.pth.partial")
-    partial.unlink(missing_ok=True)  # what a killed run has left
+
+    def check_target() -> None:
+        if target.is_dir() or os.path.lexists(target) and not overwrite:
+            raise UserError(f"{target} exists: move it away, or give --overwrite")
+
+    check_target()
+    for left in output_dir.glob(".merged.pth.*.partial"):  # by a killed run
+        left.unlink(missing_ok=True)
+    partial = target.with_name(f".merged.pth.{os.getpid()}.partial")
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -305,6 +329,7 @@ def write_merged(
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
     try:
+        partial.touch()  # what hinders it is told better than by PyTorch
         places = reserve(partial, state)
         with (
             partial.open("r+b") as file,
@@ -322,8 +347,9 @@ def write_merged(
                         bar.update(block.nbytes)
             file.flush()
             os.fsync(file.fileno())
-            if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                raise UserError(f"{target}: another run is writing it: let that one finish")
+        if not partial.exists():
+            raise UserError(f"{target}: another run is writing it: let that one finish")
+        check_target()
         partial.replace(target)
     except OSError as error:
         error.filename = error.filename or str(partial)

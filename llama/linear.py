@@ -2,7 +2,7 @@
 
 A form of weight (float, int8, int4) can lie in memory in several layouts, and in each be multiplied
 in several ways, of which llama/tune.py finds the fastest. Operators that are not PyTorch's public
-API are used in this file alone; a way that has none is among the first layout's.
+API are used in this file alone, and each form has a way without them.
 """
 
 import functools
@@ -337,12 +337,12 @@ class Int4Linear(Int8Linear):
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         """Each group's range is the one of several, clipped, that has the least squared error."""
-        scales = weight.abs().amax(1).clamp(min=1e-12) / 119  # 119 + 8 (a rounded step's) = 127
+        scales = row_scales(weight, 119)  # 119 + 8 (a rounded step's) = 127
         group = group_size(weight.shape[1])
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
         groups = torch.empty(weight.shape[0], weight.shape[1] // group, 2, dtype=torch.int8)
         for rows in row_blocks(*weight.shape, BLOCK // 4, multiple=1):
-            w = (weight[rows] / scales[rows, None]).unflatten(1, (-1, group))
+            w = (weight[rows] / scales[rows]).unflatten(1, (-1, group))
             low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
             least, step, lo = torch.full_like(low, torch.inf), low, low
             for clip in CLIPS:
@@ -357,13 +357,13 @@ class Int4Linear(Int8Linear):
             q = w.sub_(lo).div_(step).round_().clamp_(0, 15).flatten(1).to(torch.uint8)
             packed[rows] = q[:, ::2] | q[:, 1::2] << 4
             groups[rows] = torch.cat([step, lo], 2).to(torch.int8)
-        return {"weight": packed, "scales": scales, "groups": groups}
+        return {"weight": packed, "scales": scales.squeeze(1), "groups": groups}
 
     def pack(self, layout: str) -> None:
         if layout == "int4pack":
             for rows in row_blocks(self.out_features, self.in_features):
                 plain = self.weight[rows]
-                q = torch.stack([plain & 15, plain >> 4], 2).flatten(1).int()
+                q = unpack_int4(plain, None).t().int()
                 self.weight[rows] = pack_int4(q).view(plain.shape)
             step, low = self.groups.float().unbind(2)
             both = torch.stack([step, low + 8 * step], 2) * self.scales[:, None, None]

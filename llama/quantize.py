@@ -8,12 +8,12 @@ gains stand in the way, so they are folded into the matrices that follow first. 
 input of w2, which is turned when it is multiplied instead, 64 neighbours at a time (section 4.2).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .errors import require
 from .linear import (
     GROUPS,
     BF16Linear,
@@ -25,6 +25,7 @@ from .linear import (
     mix,
     row_blocks,
 )
+from .stored import Weight
 
 GAIN = {  # the norm whose gain goes into a matrix
     "wq": "attention_norm",
@@ -43,6 +44,10 @@ VERSION = 1  # of what quantized weights on disk stand for: raise it where that 
 INT8_ALWAYS = {"tok_embeddings", "output", "wv"}
 
 
+def check_quantize(name: str | None) -> None:
+    require(name in (None, "int8", "int4"), "quantize", "int8 or int4", name)
+
+
 def form_of(name: str, shape: torch.Size, quantize: str) -> type[nn.Module] | None:
     """The module that holds the weight `name`; None: it stays as it is."""
     kind = name.split(".")[-2]
@@ -56,6 +61,15 @@ def form_of(name: str, shape: torch.Size, quantize: str) -> type[nn.Module] | No
     return Int4Linear if int4 else Int8Linear
 
 
+def form_there(stem: str, names: Container[str]) -> type[nn.Module] | None:
+    """The module for what is stored under `stem` (it ends in a dot); None: floats."""
+    if f"{stem}scales" not in names:
+        return None
+    if stem == "tok_embeddings.":
+        return Int8Embedding
+    return Int4Linear if f"{stem}groups" in names else Int8Linear
+
+
 def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give each matrix of a model on the meta device the form that the state's tensors are for."""
     for path, module in list(model.named_modules()):
@@ -63,25 +77,14 @@ def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if kind not in READERS | WRITERS:
             continue
         weight = state[f"{path}.weight"]
-        if kind == "tok_embeddings" and f"{path}.scales" in state:
-            new = Int8Embedding(*weight.shape)
-        elif f"{path}.groups" in state:
-            new = Int4Linear(weight.shape[0], weight.shape[1] * 2)
-        elif f"{path}.scales" in state:
-            new = Int8Linear(*weight.shape)
-        elif isinstance(module, nn.Linear) and weight.dtype in FLOAT_FORMS:
-            new = FLOAT_FORMS[weight.dtype](*weight.shape)
-        else:
+        form = form_there(f"{path}.", state)
+        if form is None and isinstance(module, nn.Linear):
+            form = FLOAT_FORMS.get(weight.dtype)
+        if form is None:
             continue
+        new = form(weight.shape[0], weight.shape[1] * (2 if form is Int4Linear else 1))
         new.mixes = kind == "w2" and isinstance(new, Int8Linear)
         model.set_submodule(path, new)
-
-
-class Rows(Protocol):
-    """What a checkpoint's weight can do."""
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]: ...
-    def read(self, dtype: torch.dtype) -> Tensor: ...
 
 
 def norm_before(name: str) -> str | None:
@@ -90,7 +93,7 @@ def norm_before(name: str) -> str | None:
     return ".".join([*path[:-3], GAIN[path[-2]], "weight"]) if path[-2] in GAIN else None
 
 
-def turned(name: str, weight: Rows, gain: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+def turned(name: str, weight: Weight, gain: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """A matrix W in fp32 as W R or R^T W, in blocks of rows, each with the number of its first."""
     kind = name.split(".")[-2]
     if kind in WRITERS:

@@ -71,11 +71,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def settle(module: Form, layout: str, plan: Plan) -> None:
-    try:
+    with suppress(RuntimeError):  # or it stays in rows, and its plan the one that always works
         module.pack(layout)
         module.plan = plan
-    except RuntimeError:  # it stays in rows, and its plan the one that always works
-        pass
 
 
 def choose(module: Form) -> tuple[str, Plan]:

@@ -199,6 +199,8 @@ def speed(
         quantized: Load int8 and int4 as merge-weights.py --quantize writes them, not from fp16.
         peers: Take turns with llama.cpp and transformers, a dtype at a time; see peers.py.
     """
+    if peers and quantized:
+        sys.exit("error: --peers read fp16 weights: leave out --quantized")
     root = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
     forms = {dtype: quantized and dtype.startswith("int") and dtype or None for dtype in dtypes}
     folders = {dtype: root / (form or "fp16") for dtype, form in forms.items()}

@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_while_merging(checkpoint, tmp_path, run_script, n_
         *("--output_dir", out),
         preexec_fn=limit(resource.RLIMIT_FSIZE, n_bytes),
     )
-    assert str(out / ".merged.pth.partial") in failure(result)
+    assert str(out / ".merged.pth.") in failure(result)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -139,7 +139,7 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
     lines = result.stdout.splitlines()
     assert len(lines) == 10
     for line in lines:
-        assert re.fullmatch(r"9 \[('.merged.pth.partial', )?'merged.pth'\] mine", line)
+        assert re.fullmatch(r"9 \[('.merged.pth.\d+.partial', )?'merged.pth'\] mine", line)
     assert "partial" in lines[-1]
     merged = torch.load(merge(checkpoint, tmp_path, overwrite=True), weights_only=True)
     assert [path.name for path in tmp_path.iterdir()] == ["merged.pth"]
@@ -150,17 +150,54 @@ def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, monkeypatch
     rows = Stored.rows
 
     def taken_over(self, which):
-        monkeypatch.setattr(Stored, "rows", rows)
-        merge(checkpoint, tmp_path)
+        if any(tmp_path.iterdir()):
+            monkeypatch.setattr(Stored, "rows", rows)
+            merge(checkpoint, tmp_path)
         return rows(self, which)
 
     monkeypatch.setattr(Stored, "rows", taken_over)
-    with pytest.raises((llama.UserError, OSError), match="merged.pth"):
+    with pytest.raises(llama.UserError, match="another run"):
         merge(checkpoint, tmp_path)
     assert (
         read_index(tmp_path / "merged.pth").keys()
         == read_index(checkpoint / "consolidated.00.pth").keys()
     )
+
+
+def test_a_merge_does_not_remove_what_a_later_one_is_writing(checkpoint, tmp_path, monkeypatch):
+    rows, other = Stored.rows, tmp_path / ".merged.pth.1.partial"
+
+    def begun(self, which):
+        for mine in tmp_path.iterdir():
+            mine.unlink()
+            other.write_text("theirs")
+        return rows(self, which)
+
+    monkeypatch.setattr(Stored, "rows", begun)
+    with pytest.raises(llama.UserError, match="another run"):
+        merge(checkpoint, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_a_target_that_appears_while_a_merge_runs_is_kept(checkpoint, tmp_path, monkeypatch, kind):
+    rows, target = Stored.rows, tmp_path / "merged.pth"
+
+    def made(self, which):
+        if not os.path.lexists(target):
+            if kind == "file":
+                target.write_text("mine")
+            elif kind == "folder":
+                target.mkdir()
+            else:
+                target.symlink_to(tmp_path / "nowhere")
+        return rows(self, which)
+
+    monkeypatch.setattr(Stored, "rows", made)
+    with pytest.raises(llama.UserError, match="exists"):
+        merge(checkpoint, tmp_path)
+    assert list(tmp_path.iterdir()) == [target]
+    assert kind != "file" or target.read_text() == "mine"
 
 
 # A file that changes while it is read
@@ -259,9 +296,10 @@ def test_a_stdout_that_takes_no_more(checkpoint, tmp_path, reader):
     command = [sys.executable, ROOT / "example-cpu.py", "Hello\n", "--ckpt_dir", checkpoint]
     command += ["--tokenizer_path", TOKENIZER, "--max_gen_len", "200"]
     if reader == "is full":
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         with open("/dev/full", "w") as full:
             result = subprocess.run(
-                command, check=False, stdout=full, stderr=subprocess.PIPE, timeout=120
+                command, check=False, stdout=full, stderr=subprocess.PIPE, timeout=120, env=env
             )
         assert result.returncode == 1
         assert result.stderr.decode().splitlines()[-1].startswith("error: [Errno 28] No space")

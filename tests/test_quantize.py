@@ -66,7 +66,7 @@ def test_int8_is_the_nearest_multiple_of_each_rows_scale():
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (160, 96), (48, 64)])
-def test_int4_is_within_half_a_step_of_each_group(shape):
+def test_int4_errs_as_rounding_to_each_groups_steps_does(shape):
     weight = torch.randn(shape)
     group = linear.group_size(shape[1])
     q = Int4Linear.quantize(weight)
@@ -77,13 +77,23 @@ def test_int4_is_within_half_a_step_of_each_group(shape):
     assert error.abs().amax() < 4 * step.amax()
 
 
+def test_int4_clips_each_group_to_the_least_squared_error(monkeypatch):
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+
+    def error() -> float:
+        return (dense(made(Int4Linear, weight)) - weight).square().sum().item()
+
+    clipped = error()
+    monkeypatch.setattr(linear, "CLIPS", (1.0,))
+    assert clipped < 0.89 * error()  # 0.91 if steps did not weigh in
+
+
 def test_int4_groups_fit_int8_exactly():
     weight = torch.randn(64, 128) * torch.logspace(-3, 0, 64)[:, None]
     for _, block in made(Int4Linear, weight).blocks():
         assert block.dtype == torch.int8
     q = Int4Linear.quantize(weight)
     step, low = q["groups"].int().unbind(2)
-    assert (low >= -128).all()
     assert (15 * step + low <= 127).all()
     stored = torch.stack([q["weight"] & 15, q["weight"] >> 4], 2).flatten(1)
     repeated = q["groups"].repeat_interleave(64, 1).float()
@@ -214,7 +224,7 @@ def test_a_missing_operator_leaves_the_plain_way(monkeypatch):
 
 def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch):
     for way in ("int8pack", "onednn", "fbgemm"):
-        monkeypatch.setattr(Int8Linear, way, lambda self, x: self.unpack(x) * 1.1)
+        monkeypatch.setattr(Int8Linear, way, lambda self, x: x.new_zeros(len(x), 64))
     assert tune.choose(Int8Linear(64, 64)) == ("rows", ((1, "unpack"),))
 
 
@@ -306,7 +316,11 @@ def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, 
     (tmp_path / "params.json").write_bytes((checkpoint / "params.json").read_bytes())
     state = llama.load(tmp_path, TOKENIZER).model.state_dict()
     assert state.keys() == expected.keys()
-    assert "layers.0.attention.wq.weight" in state
+    assert ("layers.0.attention.wq.groups" in state) == (quantize == "int4")
+    assert "layers.0.attention.wv.groups" not in state
+    written = torch.load(tmp_path / "merged.pth")
+    original = torch.load(checkpoint / "consolidated.00.pth")
+    assert torch.equal(written["rope.freqs"], original["rope.freqs"])
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor)
 
