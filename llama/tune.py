@@ -20,6 +20,7 @@ from . import memory
 from .linear import Form
 
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
+SMALL = 2**20  # weights: below, nothing is timed, and a seed draws the same tokens each time
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
 RUNS = 16  # of which the shortest counts; a quarter, of many tokens, which vary less
@@ -39,12 +40,18 @@ def tune(model: nn.Module) -> dict[str, str]:
     chosen = {}
     with packing(), ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
         for modules in kinds.values():
-            largest = max(modules, key=lambda module: module.out_features * module.in_features)
-            layout, plan = choose(largest)
+            largest = max(modules, key=size)
+            layout, plan = "rows", largest.plan
+            if size(largest) >= SMALL:
+                layout, plan = choose(largest)
             with memory.without_holes():
                 list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
             chosen[type(largest).__name__] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
     return chosen
+
+
+def size(module: Form) -> int:
+    return module.out_features * module.in_features
 
 
 @contextmanager

@@ -90,9 +90,3 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
-
-
-@pytest.fixture
-def not_packed(monkeypatch):
-    """Weights stay in rows: which layout is the fastest may differ from one load to the next."""
-    monkeypatch.setattr("llama.checkpoint.tune", lambda model: {})

@@ -32,7 +32,6 @@ def test_shards_run_unmerged_to_the_same_text(sharded, checkpoint):
     assert llama.load(sharded, TOKENIZER).generate([PROMPT], 20, temperature=0) == expected
 
 
-@pytest.mark.usefixtures("not_packed")
 def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
     torch.save(random_weights(seed=1), tmp_path / "merged.pth")

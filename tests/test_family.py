@@ -117,7 +117,6 @@ def test_the_cache_is_kept_by_kv_head_and_never_copied_by_query_head(n_new):
     assert largest < cache.keys.nbytes
 
 
-@pytest.mark.usefixtures("not_packed")
 @pytest.mark.parametrize("n_shards", [2, 4])
 def test_grouped_query_shards_run_unmerged_as_the_whole_does(grouped, n_shards):
     whole = llama.load(grouped[1], TOKENIZER).model
@@ -125,7 +124,6 @@ def test_grouped_query_shards_run_unmerged_as_the_whole_does(grouped, n_shards):
     assert torch.equal(parts(TOKENS, 0), whole(TOKENS, 0))
 
 
-@pytest.mark.usefixtures("not_packed")
 @pytest.mark.parametrize("n_shards", [2, 4])
 def test_grouped_query_shards_merge_bit_for_bit(
     grouped, grouped_weights, n_shards, run_script, tmp_path
@@ -316,7 +314,6 @@ def test_conversion_keeps_the_dtype_or_changes_it(tmp_path, out):
         assert torch.equal(changed[name], weight.float()), name
 
 
-@pytest.mark.usefixtures("not_packed")
 def test_conversion_quantizes_as_loading_does(tmp_path, out):
     folder = write_folder(tmp_path / "in", FOLDERS["grouped"])
     convert(folder, out)

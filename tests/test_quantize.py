@@ -296,7 +296,10 @@ def test_rotating_changes_nothing_in_fp32(checkpoint, weights, tmp_path):
         (torch.bfloat16, "int4", 0.1),
     ],
 )
-def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound, timed, monkeypatch):
+    if timed:
+        monkeypatch.setattr(tune, "SMALL", 0)
     model = llama.load(DEMO, TOKENIZER)
     tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
     expected = model.model(tokens, 0)
@@ -308,7 +311,6 @@ def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     assert relative_error(model(tokens, 0), expected) < bound
 
 
-@pytest.mark.usefixtures("not_packed")
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, tmp_path, quantize):
     expected = llama.load(checkpoint, TOKENIZER, quantize=quantize).model.state_dict()
@@ -325,7 +327,6 @@ def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, 
         assert torch.equal(state[name], tensor)
 
 
-@pytest.mark.usefixtures("not_packed")
 def test_shards_quantize_to_what_their_whole_does(checkpoint, tmp_path):
     write_shards(tmp_path, random_weights(), 4)
     expected = llama.load(checkpoint, TOKENIZER, quantize="int8").model.state_dict()
