@@ -156,7 +156,7 @@ def score(folder: Path, tokenizer: llama.Tokenizer | GGUFTokenizer, texts: list[
     print("| dtype | multiplied by | bits per byte | perplexity, of fp32's |")
     print("|---|---|---|---|")
     for dtype, way in WAYS:
-        tune.choose = functools.partial(forced, way)
+        tune.SMALL, tune.choose = 0, functools.partial(forced, way)
         bits = bits_per_byte(load(folder, dtype, 512).model, tokenizer, texts)
         first = first or bits
         ratio = 2 ** ((bits - first) * n_bytes / n_tokens)
