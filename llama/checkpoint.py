@@ -315,7 +315,8 @@ def write_merged(
 
     def check_target() -> None:
         if target.is_dir() or os.path.lexists(target) and not overwrite:
-            raise UserError(f"{target} exists: move it away, or give --overwrite")
+            remedy = "" if overwrite else ", or give --overwrite"
+            raise UserError(f"{target} exists: move it away{remedy}")
 
     check_target()
     for left in output_dir.glob(".merged.pth.*.partial"):  # by a killed run
