@@ -126,7 +126,7 @@ def open_model(
         folder, tokenizer_path or default_tokenizer(folder), max_seq_len, max_batch_size, quantize
     )
     if verbose:
-        print(f"weights: {llama.weight_bytes / 1e9:.2f} GB", file=sys.stderr)
+        print(f"weights: {llama.weight_bytes / 1e9:.3g} GB", file=sys.stderr)
         for form, ways in llama.plan.items():
             print(f"{form}: {ways}", file=sys.stderr)
     return llama
