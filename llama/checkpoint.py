@@ -20,6 +20,7 @@ from .parallel import connect, place
 from .params import LARGEST, read_params
 from .quantize import (
     VERSION,
+    WRITERS,
     check_quantize,
     form_of,
     form_there,
@@ -134,9 +135,10 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         state = layout(weights, dtype, quantize)
         # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
         n_bytes = sum(t.nbytes * (2 if k.endswith(".groups") else 1) for k, t in state.items())
-        # One matrix is turned whole, in fp32.
-        turning = 4 * args.dim * args.hidden_dim if quantize else 0
-        return n_bytes + cache * cache_dtype(state, dtype).itemsize + turning + WORKING
+        # One matrix after another is turned whole, in fp32, before there is a cache.
+        sizes = [w.shape.numel() for k, w in weights.items() if k.split(".")[-2] in WRITERS]
+        turning = 4 * max(sizes) if quantize else 0
+        return n_bytes + max(cache * cache_dtype(state, dtype).itemsize, turning) + WORKING
 
     dtype = torch.get_default_dtype()
     if free is None or need(dtype, quantize) <= free:
@@ -319,12 +321,12 @@ def write_merged(
             raise UserError(f"{target} exists: move it away{remedy}")
 
     check_target()
-    for left in output_dir.glob(".merged.pth.*.partial"):  # by a killed run
-        left.unlink(missing_ok=True)
-    partial = target.with_name(f".merged.pth.{os.getpid()}.partial")
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
+    for left in output_dir.glob(".merged.pth.*.partial"):  # by a killed run
+        left.unlink(missing_ok=True)
+    partial = target.with_name(f".merged.pth.{os.urandom(4).hex()}.partial")
     free = shutil.disk_usage(output_dir).free
     if free < total:
         raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")

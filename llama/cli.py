@@ -122,9 +122,8 @@ def open_model(
     """
     torch.set_default_dtype(parse_dtype(dtype))
     folder = default_model() if ckpt_dir is None else Path(ckpt_dir)
-    llama = load(
-        folder, tokenizer_path or default_tokenizer(folder), max_seq_len, max_batch_size, quantize
-    )
+    tokenizer = default_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
+    llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
     if verbose:
         print(f"weights: {llama.weight_bytes / 1e9:.3g} GB", file=sys.stderr)
         for form, ways in llama.plan.items():

@@ -1,7 +1,8 @@
 """Which layout and way of multiplying each form of weight gets: those that this CPU is fastest in.
 
 They differ between CPUs, and between one token (bound by the memory's bandwidth) and many (bound by
-arithmetic), so they are timed at load. One that is missing here, or wrong, is left out.
+arithmetic), so they are timed at load, but for small models. One that is missing here, or wrong, is
+left out.
 """
 
 import copy
@@ -20,7 +21,7 @@ from . import memory
 from .linear import Form
 
 N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
-SMALL = 2**20  # weights: below, nothing is timed, and a seed draws the same tokens each time
+SMALL = 2**23  # weights: fewer are not timed, so that a seed draws the same tokens each time
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
 RUNS = 16  # of which the shortest counts; a quarter, of many tokens, which vary less
@@ -42,7 +43,7 @@ def tune(model: nn.Module) -> dict[str, str]:
         for modules in kinds.values():
             largest = max(modules, key=size)
             layout, plan = "rows", largest.plan
-            if size(largest) >= SMALL:
+            if sum(map(size, modules)) >= SMALL:
                 layout, plan = choose(largest)
             with memory.without_holes():
                 list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))

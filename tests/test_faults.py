@@ -139,7 +139,7 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
     lines = result.stdout.splitlines()
     assert len(lines) == 10
     for line in lines:
-        assert re.fullmatch(r"9 \[('.merged.pth.\d+.partial', )?'merged.pth'\] mine", line)
+        assert re.fullmatch(r"9 \[('.merged.pth.[0-9a-f]+.partial', )?'merged.pth'\] mine", line)
     assert "partial" in lines[-1]
     merged = torch.load(merge(checkpoint, tmp_path, overwrite=True), weights_only=True)
     assert [path.name for path in tmp_path.iterdir()] == ["merged.pth"]
