@@ -79,9 +79,9 @@ def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
 
 def spelled_out(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     """-s as --seed where no other flag begins so: --help shows such flags."""
-    flags = [name for name in parameters if arg.partition("=")[0] == f"-{name[0]}"]
-    keywords = [name for name in flags if parameters[name].kind == inspect.Parameter.KEYWORD_ONLY]
-    return f"--{keywords[0]}{arg[2:]}" if len(keywords) == 1 else arg
+    flags = [name for name, p in parameters.items() if p.kind == inspect.Parameter.KEYWORD_ONLY]
+    meant = [name for name in flags if arg.partition("=")[0] == f"-{name[0]}"]
+    return f"--{meant[0]}{arg[2:]}" if len(meant) == 1 else arg
 
 
 def quoted(arg: str, parameters: Mapping[str, inspect.Parameter]) -> str:

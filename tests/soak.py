@@ -14,11 +14,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import llama
-from llama import memory
+from llama import memory, tune
 from llama.chat import STYLES, Chat
 from llama.generation import Sampling
 
 DEMO = ROOT / "model" / "demo"
+tune.SMALL = 0  # the demo is multiplied in the ways that large models are
 LINES = ["Tell me a story.", "What did the cat do?", "And then?", "Why?", "Who is Tom?"]
 
 

@@ -491,10 +491,9 @@ def test_too_little_memory_names_the_flags_that_would_fit(checkpoint, monkeypatc
     cache = 2 * 2 * 512 * 128 * 4
     assert refused(n_bytes + cache - 1).endswith(f"give {bf16} or {int8} or {int4}")
     assert refused((n_bytes + cache) // 2 - 1).endswith(f"give {int8} or {int4}")
-    turning = 4 * random_weights()["layers.0.feed_forward.w2.weight"].numel()
-    fp16_cache = cache // 2
-    need = n_bytes // 4 + max(fp16_cache, turning)
-    assert refused(need - 1).endswith(f"give {int4}")
+    assert refused(n_bytes // 4 + cache // 2 - 1).endswith(f"give {int4}")  # fp16 in the cache
+    w2 = 4 * 128 * 384  # turned in fp32
+    assert refused(n_bytes // 4 + w2 - 1, max_seq_len=1, quantize="int8").endswith(f"give {int4}")
     assert refused(1000).endswith("smaller model")
     monkeypatch.setattr(memory, "available", lambda: n_bytes + cache)
     assert llama.load(checkpoint, TOKENIZER)

@@ -117,6 +117,7 @@ def test_a_start_does_not_import_pytorchs_compiler(quantize):
     """It takes a second, and initialising weights on the meta device would do it."""
     code = f"""
 import sys, llama
+llama.tune.SMALL = 0
 llama.load({str(DEMO)!r}, {str(TOKENIZER)!r}, quantize={quantize!r}).generate(["Once"], 2)
 assert "torch._dynamo" not in sys.modules
 """

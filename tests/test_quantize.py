@@ -318,6 +318,7 @@ def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, 
     (tmp_path / "params.json").write_bytes((checkpoint / "params.json").read_bytes())
     state = llama.load(tmp_path, TOKENIZER).model.state_dict()
     assert state.keys() == expected.keys()
+    assert "layers.0.attention.wq.weight" in state
     assert ("layers.0.attention.wq.groups" in state) == (quantize == "int4")
     assert "layers.0.attention.wv.groups" not in state
     written = torch.load(tmp_path / "merged.pth")
