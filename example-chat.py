@@ -103,6 +103,8 @@ def answer(chat: Chat, line: str) -> None:
             for piece in pieces:
                 print(piece, end="", flush=True)
     except UserError as error:
+        if not from_first(sys.stdin.isatty):
+            raise
         notice(str(error))
         return
     except KeyboardInterrupt:

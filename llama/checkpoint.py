@@ -302,64 +302,92 @@ def merge(
         embeddings = weights.get("tok_embeddings.weight")
         args = read_params(input_dir, embeddings.shape[0] if embeddings else 1, 1, 1)
         check_fit(weights, args, input_dir)
-    return write_merged(weights, output_dir, dtype, quantize, overwrite)
+    return write_merged(weights, {}, output_dir, dtype, quantize, overwrite)
 
 
 def write_merged(
     weights: dict[str, Weight],
+    beside: Mapping[str, bytes],
     output_dir: Path,
-    dtype: torch.dtype | None = None,
-    quantize: str | None = None,
-    overwrite: bool = False,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    overwrite: bool,
 ) -> Path:
-    """Write the weights as one output_dir/merged.pth, in little memory."""
-    target = output_dir / "merged.pth"
+    """Write the weights as one output_dir/merged.pth, and the files that go beside it.
 
-    def check_target() -> None:
-        if target.is_dir() or os.path.lexists(target) and not overwrite:
-            remedy = "" if overwrite else ", or give --overwrite"
-            raise UserError(f"{target} exists: move it away{remedy}")
+    Each is renamed to what it is called when all are whole and on the disk.
+    """
+    contents = {output_dir / name: content for name, content in beside.items()}
+    merged = output_dir / "merged.pth"
+    paths = [*(path for path, new in contents.items() if not same(path, new)), merged]
 
-    check_target()
+    def check_paths() -> None:
+        for path in paths:
+            if path.is_dir() or os.path.lexists(path) and not overwrite:
+                remedy = "" if overwrite else ", or give --overwrite"
+                raise UserError(f"{path} exists: move it away{remedy}")
+
+    check_paths()
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
-    for left in output_dir.glob(".merged.pth.*.partial"):  # by a killed run
-        left.unlink(missing_ok=True)
-    partial = target.with_name(f".merged.pth.{os.urandom(4).hex()}.partial")
+    for path in paths:
+        for left in output_dir.glob(f".{path.name}.*.partial"):  # by a killed run
+            left.unlink(missing_ok=True)
     free = shutil.disk_usage(output_dir).free
     if free < total:
-        raise UserError(f"{target} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise UserError(f"{merged} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
+    run = os.urandom(4).hex()
+    partials = {path: path.with_name(f".{path.name}.{run}.partial") for path in paths}
     try:
-        partial.touch()  # what hinders it is told better than by PyTorch
-        places = reserve(partial, state)
-        with (
-            partial.open("r+b") as file,
-            tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
-        ):
-            for weight_name, weight in weights.items():
-                part = allocate(layout({weight_name: weight}, dtype, quantize))
-                fill(part, weight_name, weights, quantize)
-                for name, tensor in part.items():
-                    file.seek(places[name].offset)
-                    for block in tensor.flatten().split(BLOCK // tensor.itemsize):
-                        buffer = bytearray(block.nbytes)
-                        torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
-                        file.write(buffer)
-                        bar.update(block.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        if not partial.exists():
-            raise UserError(f"{target}: another run is writing it: let that one finish")
-        check_target()
-        partial.replace(target)
+        for path, partial in partials.items():
+            partial.write_bytes(contents.get(path, b""))
+        write_weights(partials[merged], weights, state, dtype, quantize)
+        check_paths()
+        for path, partial in partials.items():
+            partial.replace(path)
     except OSError as error:
         error.filename = error.filename or str(partial)
         raise
     finally:
-        partial.unlink(missing_ok=True)
-    return target
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    return merged
+
+
+def same(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def write_weights(
+    path: Path,
+    weights: dict[str, Weight],
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    quantize: str | None,
+) -> None:
+    """Make `path` a checkpoint of the state that `layout` says the weights become."""
+    places = reserve(path, state)
+    total = sum(tensor.nbytes for tensor in state.values())
+    with (
+        path.open("r+b") as file,
+        tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for weight_name, weight in weights.items():
+            part = allocate(layout({weight_name: weight}, dtype, quantize))
+            fill(part, weight_name, weights, quantize)
+            for name, tensor in part.items():
+                file.seek(places[name].offset)
+                for block in tensor.flatten().split(BLOCK // tensor.itemsize):
+                    buffer = bytearray(block.nbytes)
+                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
+                    file.write(buffer)
+                    bar.update(block.nbytes)
+            if not path.exists():
+                raise UserError(f"{path.parent}: another run merges into it: let that one finish")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def reserve(path: Path, state: dict[str, Tensor]) -> dict[str, Stored]:

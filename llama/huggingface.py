@@ -166,13 +166,7 @@ def convert_folder(
     """Write a Hugging Face folder as merged.pth, params.json and tokenizer.model in output_dir."""
     weights, params = open_folder(folder)
     beside = {
-        output_dir / "params.json": json.dumps(params, indent=2).encode(),
-        output_dir / "tokenizer.model": (folder / "tokenizer.model").read_bytes(),
+        "params.json": json.dumps(params, indent=2).encode(),
+        "tokenizer.model": (folder / "tokenizer.model").read_bytes(),
     }
-    for path, content in beside.items():
-        if path.exists() and path.read_bytes() != content and not overwrite:
-            raise UserError(f"{path} exists: move it away, or give --overwrite")
-    target = write_merged(weights, output_dir, dtype, quantize, overwrite)
-    for path, content in beside.items():
-        path.write_bytes(content)
-    return target
+    return write_merged(weights, beside, output_dir, dtype, quantize, overwrite)

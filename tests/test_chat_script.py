@@ -150,6 +150,14 @@ def test_a_pipe_gets_replies_on_stdout_and_nothing_else(flags, run_script):
     assert err.count("tokens/s") == 2
 
 
+def test_a_line_too_long_in_a_pipe_is_an_error(flags, run_script):
+    lines = "Hi\n" + "long " * 999
+    result = run_script("example-chat.py", *flags, "--max_gen_len", 4, input=lines, text=True)
+    assert result.returncode == 1
+    assert "tokens/s" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: this line")
+
+
 def test_stdout_stays_clean_where_only_stdout_is_piped(flags, tmp_path):
     import pty
 

@@ -17,6 +17,7 @@ import llama
 from llama.huggingface import convert_folder, open_folder, to_params
 from llama.linear import Int8Linear
 from llama.model import precompute_freqs_cis
+from llama.stored import Stored
 from llama.tune import tune
 
 GROUPED = {  # two query heads to each of eight kv heads, as many as Llama 2 70B's
@@ -412,6 +413,21 @@ def test_conversion_overwrites_nothing_unless_told(name, tmp_path, out):
     assert mine.read_text() == "mine"
     convert(folder, out, overwrite=True)
     assert mine.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["params.json", "tokenizer.model"])
+def test_what_appears_while_a_folder_is_converted_is_kept(name, tmp_path, out, monkeypatch):
+    folder, rows = write_folder(tmp_path / "in", FOLDERS["llama"]), Stored.rows
+
+    def made(self, which):
+        (out / name).write_text("mine")
+        return rows(self, which)
+
+    monkeypatch.setattr(Stored, "rows", made)
+    with pytest.raises(llama.UserError, match=f"{name} exists"):
+        convert(folder, out)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "mine"
 
 
 def test_conversion_makes_the_folder_it_writes_to(tmp_path):

@@ -146,13 +146,14 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
     assert all(torch.equal(merged[name], weight) for name, weight in weights.items())
 
 
-def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, monkeypatch):
+def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, run_script, monkeypatch):
     rows = Stored.rows
 
     def taken_over(self, which):
         if any(tmp_path.iterdir()):
             monkeypatch.setattr(Stored, "rows", rows)
-            merge(checkpoint, tmp_path)
+            command = "merge-weights.py", "--input_dir", checkpoint, "--output_dir", tmp_path
+            assert run_script(*command).returncode == 0
         return rows(self, which)
 
     monkeypatch.setattr(Stored, "rows", taken_over)
