@@ -6,6 +6,8 @@ import warnings
 # PyTorch reads this once: memory in pages of 2 MB is faster to get, and to read.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which nothing here needs
+# That PyTorch will do away with FBGEMM's some day is nothing to tell at each start.
+warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
 
 try:
     from .checkpoint import load

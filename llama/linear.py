@@ -283,6 +283,7 @@ def int8_is_exact() -> bool:
 
 
 def pack_int8(block: Tensor, scales: Tensor) -> object:
+    torch.backends.quantized.engine = "fbgemm"  # PyTorch itself would choose oneDNN here and there
     zeros = torch.zeros(len(block), dtype=torch.int64)
     quantized = torch._make_per_channel_quantized_tensor(block, scales.double(), zeros, 0)
     return torch.ops.quantized.linear_prepack(quantized, None)

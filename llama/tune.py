@@ -9,10 +9,9 @@ import copy
 import functools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def tune(model: nn.Module) -> dict[str, str]:
             kind = (type(module), tuple(module.layouts))
             kinds.setdefault(kind, []).append(module)
     chosen = {}
-    with packing(), ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
+    with ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
         for modules in kinds.values():
             largest = max(modules, key=size)
             layout, plan = "rows", largest.plan
@@ -53,23 +52,6 @@ def tune(model: nn.Module) -> dict[str, str]:
 
 def size(module: Form) -> int:
     return module.out_features * module.in_features
-
-
-@contextmanager
-def packing() -> Iterator[None]:
-    """Let FBGEMM pack int8, also where PyTorch would choose another for quantized tensors.
-
-    That PyTorch will do away with these some day is nothing to tell the user at each start.
-    """
-    before = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "fbgemm" in torch.backends.quantized.supported_engines:
-            torch.backends.quantized.engine = "fbgemm"
-        try:
-            yield
-        finally:
-            torch.backends.quantized.engine = before
 
 
 def weight_bytes(model: nn.Module) -> int:

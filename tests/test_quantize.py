@@ -41,10 +41,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def made(form: type[linear.Form], weight: torch.Tensor, layout: str = "rows") -> linear.Form:
     """A module of this form that holds the matrix; skips where this CPU has no such layout."""
     try:
-        with tune.packing():
-            module = tune.holding(form, weight)
-            module.pack(layout)
-            return module
+        module = tune.holding(form, weight)
+        module.pack(layout)
+        return module
     except tune.UNAVAILABLE as error:
         pytest.skip(f"not on this CPU: {error}")
 
