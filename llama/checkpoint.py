@@ -30,7 +30,7 @@ from .quantize import (
 )
 from .stored import BLOCK, Stored, Weight, read_index
 from .tokenizer import Tokenizer
-from .tune import tune, weight_bytes
+from .tune import tune
 
 SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
     "wq": 0,
@@ -268,8 +268,7 @@ def load(
     del state  # what `tune` packs anew is to be let go
     if world > 1:
         connect(model)
-    plan = tune(model)
-    return LLaMA(model.eval(), tokenizer, plan, weight_bytes(model))
+    return LLaMA(model.eval(), tokenizer, tune(model))
 
 
 def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:

@@ -77,18 +77,12 @@ class Timings:
 
 
 class LLaMA:
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        plan: Mapping[str, str] | None = None,
-        weight_bytes: int = 0,
-    ):
-        """plan: how each form of weight is multiplied, in words; weight_bytes: of memory."""
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, plan: Mapping[str, str]):
+        """plan: how each form of weight is multiplied, in words."""
         self.model = model
         self.tokenizer = tokenizer
-        self.plan = plan or {}
-        self.weight_bytes = weight_bytes
+        self.plan = plan
+        self.weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         self.timings = Timings()
 
     def generate(

@@ -39,8 +39,7 @@ class Form(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.plan = ((1, self.layouts["rows"][-1]),)  # from how many tokens on, which way
-        self.packed: list = []  # pieces of W, rows after rows, in another layout
-        self.packed_bytes = 0
+        self.packed: list = []  # pieces of W, rows after rows, in a layout of PyTorch's own
 
     @classmethod
     def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
@@ -51,8 +50,7 @@ class Form(nn.Module):
         """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
 
     def replace_weight(self, packed: list) -> None:
-        self.packed, self.packed_bytes = packed, self.weight.nbytes
-        del self.weight
+        self.packed, self.weight = packed, self.weight.to("meta")  # its size alone
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mixes:
@@ -130,8 +128,7 @@ class FP32Linear(Form):
             table = self.weight.new_empty(n_blocks, self.in_features, BAG)
             for block, rows in zip(table, self.weight.split(BAG)):
                 block[:, : len(rows)] = rows.t()
-            self.replace_weight([table])
-            self.packed_bytes = table.nbytes  # the last block need not be full
+            self.weight = table
 
     def plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -141,7 +138,7 @@ class FP32Linear(Form):
 
     def bags(self, x: Tensor) -> Tensor:
         """Sums of rows of W^T, at the memory's speed; a block serves a few tokens in turn."""
-        table, outputs = self.packed[0], []
+        table, outputs = self.weight, []
         for few in x.split(4):
             rows = bag_rows(len(table), self.in_features, len(few))
             sums = weighted_sums(table, rows, few.expand(len(table), -1, -1))
@@ -152,11 +149,11 @@ class FP32Linear(Form):
         return join([multiply_onednn(x, block) for _, block in self.blocks()])
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        if not self.packed:
+        if self.weight.dim() == 2:
             yield from super().blocks()
             return
-        for start, block in zip(range(0, self.out_features, BAG), self.packed[0]):
-            end = min(start + BAG, self.out_features)
+        for start, block in zip(range(0, self.out_features, BAG), self.weight):
+            end = min(start + BAG, self.out_features)  # the last block need not be full
             yield slice(start, end), block[:, : end - start].t()
 
 

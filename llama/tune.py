@@ -54,12 +54,6 @@ def size(module: Form) -> int:
     return module.out_features * module.in_features
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Of memory, for a model's weights."""
-    packed = sum(module.packed_bytes for module in model.modules() if isinstance(module, Form))
-    return packed + sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
 def settle(module: Form, layout: str, plan: Plan) -> None:
     with suppress(RuntimeError):  # or it stays in rows, and its plan the one that always works
         module.pack(layout)
