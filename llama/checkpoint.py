@@ -1,5 +1,6 @@
 """Checkpoints: finding them, loading them in their final form, merging their shards."""
 
+import ctypes
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from .quantize import (
     turned,
     use_forms,
 )
-from .stored import BLOCK, Stored, Weight, read_index
+from .stored import Stored, Weight, read_index
 from .tokenizer import Tokenizer
 from .tune import tune
 
@@ -378,11 +379,8 @@ def write_weights(
             fill(part, weight_name, weights, quantize)
             for name, tensor in part.items():
                 file.seek(places[name].offset)
-                for block in tensor.flatten().split(BLOCK // tensor.itemsize):
-                    buffer = bytearray(block.nbytes)
-                    torch.frombuffer(buffer, dtype=block.dtype).copy_(block)
-                    file.write(buffer)
-                    bar.update(block.nbytes)
+                file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+                bar.update(tensor.nbytes)
             if not path.exists():
                 raise UserError(f"{path.parent}: another run merges into it: let that one finish")
         file.flush()
