@@ -189,7 +189,7 @@ def layout(
     state = {}
     with torch.device("meta"):
         for name, weight in weights.items():
-            if form := quantize and form_of(name, weight.shape, quantize):
+            if form := form_of(name, weight.shape, quantize):
                 state |= form(*weight.shape).state_dict(prefix=name.removesuffix("weight"))
             else:
                 state[name] = torch.empty(weight.shape, dtype=final_dtype(name, weight, dtype))
@@ -210,7 +210,7 @@ def fill(
 ) -> None:
     """Read a weight, or a rank's share of it, into those tensors of the state that hold it."""
     weight = share(name, weights[name], rank, world)
-    form = quantize and form_of(name, weight.shape, quantize)
+    form = form_of(name, weight.shape, quantize)
     if quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
         state[name].fill_(1)
     elif not form:

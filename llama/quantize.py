@@ -48,15 +48,13 @@ def check_quantize(name: str | None) -> None:
     require(name in (None, "int8", "int4"), "quantize", "int8 or int4", name)
 
 
-def form_of(name: str, shape: torch.Size, quantize: str) -> type[nn.Module] | None:
-    """The module that holds the weight `name`; None: it stays as it is."""
+def form_of(name: str, shape: torch.Size, quantize: str | None) -> type[nn.Module] | None:
+    """The module that holds the weight `name` then; None: it stays as it is."""
     kind = name.split(".")[-2]
-    if len(shape) != 2:
+    if not quantize or len(shape) != 2 or kind not in READERS | WRITERS:
         return None
     if kind == "tok_embeddings":
         return Int8Embedding
-    if kind not in READERS | WRITERS:
-        return None
     int4 = quantize == "int4" and kind not in INT8_ALWAYS and shape[1] % min(GROUPS) == 0
     return Int4Linear if int4 else Int8Linear
 
