@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -279,12 +279,7 @@ def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
         use_forms(model, state)
     model.cache_dtype = cache_dtype(state, torch.get_default_dtype())
     # All at once: what is allocated among a load's many short-lived blocks would leave holes.
-    for name, tensor in allocate(state).items():
-        path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
-        if key in dict(module.named_parameters(recurse=False)):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, key, tensor)
+    model.load_state_dict(allocate(state), assign=True)
     return model
 
 

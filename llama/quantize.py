@@ -69,20 +69,17 @@ def form_there(stem: str, names: Container[str]) -> type[nn.Module] | None:
 
 
 def use_forms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give each matrix of a model on the meta device the form that the state's tensors are for."""
+    """Give a model on the meta device the weights of the state, each matrix in their form."""
     for path, module in list(model.named_modules()):
-        kind = path.rpartition(".")[2]
-        if kind not in READERS | WRITERS:
-            continue
-        weight = state[f"{path}.weight"]
-        form = form_there(f"{path}.", state)
-        if form is None and isinstance(module, nn.Linear):
-            form = FLOAT_FORMS.get(weight.dtype)
-        if form is None:
-            continue
-        new = form(weight.shape[0], weight.shape[1] * (2 if form is Int4Linear else 1))
-        new.mixes = kind == "w2" and isinstance(new, Int8Linear)
-        model.set_submodule(path, new)
+        weight, form = state.get(f"{path}.weight"), form_there(f"{path}.", state)
+        if isinstance(module, nn.Linear):
+            form = form or FLOAT_FORMS.get(weight.dtype)
+        if form:
+            new = form(weight.shape[0], weight.shape[1] * (2 if form is Int4Linear else 1))
+            new.mixes = path.endswith("w2") and isinstance(new, Int8Linear)
+            model.set_submodule(path, new)
+        elif weight is not None:
+            module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def norm_before(name: str) -> str | None:
