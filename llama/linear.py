@@ -41,11 +41,6 @@ class Form(nn.Module):
         self.plan = ((1, self.layouts["rows"][-1]),)  # from how many tokens on, which way
         self.packed: list = []  # pieces of W, rows after rows, in a layout of PyTorch's own
 
-    @classmethod
-    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        """The buffers for an fp32 matrix."""
-        raise NotImplementedError
-
     def pack(self, layout: str) -> None:
         """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
 
@@ -117,10 +112,6 @@ class FP32Linear(Form):
         super().__init__(out_features, in_features)
         weight = torch.empty(out_features, in_features, dtype=self.dtype)
         self.register_buffer("weight", weight)
-
-    @classmethod
-    def quantize(cls, weight: Tensor) -> dict[str, Tensor]:
-        return {"weight": weight.to(cls.dtype)}
 
     def pack(self, layout: str) -> None:
         if layout == "bags":
@@ -219,6 +210,7 @@ class Int8Linear(Form):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """The buffers for an fp32 matrix."""
         scales = row_scales(weight, 127)
         q = (weight / scales).round_().to(torch.int8)
         return {"weight": q, "scales": scales.squeeze(1)}
@@ -334,7 +326,10 @@ class Int4Linear(Int8Linear):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
-        """Each group's range is the one of several, clipped, that has the least squared error."""
+        """The buffers for an fp32 matrix.
+
+        Each group's range is the one of several, clipped, that has the least squared error.
+        """
         scales = row_scales(weight, 119)  # 119 + 8 (a rounded step's) = 127
         group = group_size(weight.shape[1])
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)

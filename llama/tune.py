@@ -61,12 +61,13 @@ def settle(module: Form, layout: str, plan: Plan) -> None:
 
 
 def choose(module: Form) -> tuple[str, Plan]:
-    """The layout and the plan that take the least time, tried on a few rows of this width."""
-    n_rows = min(module.out_features, TRIAL // module.in_features // 512 * 512 or 64)
-    copies = math.gcd(n_rows, 512) // 64 or 1
+    """The layout and the plan that take the least time, tried on the first rows."""
+    n_rows = min(module.out_features, TRIAL // module.in_features // 64 * 64 or 64)
+    in_rows = type(module)(n_rows, module.in_features)
+    for name, buffer in module.named_buffers():  # of as many rows each
+        setattr(in_rows, name, buffer[:n_rows].clone())
     inputs = {n: torch.randn(n, module.in_features) for n in N_TOKENS}
     inputs = {n: x.to(torch.get_default_dtype()) for n, x in inputs.items()}
-    in_rows = holding(type(module), torch.randn(n_rows // copies, module.in_features), copies)
     expected = in_rows(inputs[1]).float()
     ways = {}
     for layout, names in module.layouts.items():
@@ -91,17 +92,9 @@ def choose(module: Form) -> tuple[str, Plan]:
     return best[1:]
 
 
-def holding(form: type[Form], weight: Tensor, copies: int = 1) -> Form:
-    """A module of a form that holds an fp32 matrix, or several of it one below the other."""
-    module = form(len(weight) * copies, weight.shape[1])
-    for name, buffer in form.quantize(weight).items():
-        setattr(module, name, buffer.repeat(copies, *[1] * (buffer.dim() - 1)))
-    return module
-
-
 def is_right(multiply: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
     try:
-        return bool((multiply(x).float() - expected).norm() < 0.03 * expected.norm())
+        return bool((multiply(x).float() - expected).norm() <= 0.03 * expected.norm())
     except UNAVAILABLE:
         return False
 
