@@ -191,8 +191,9 @@ def layout(
         for name, weight in weights.items():
             if form := form_of(name, weight.shape, quantize):
                 state |= form(*weight.shape).state_dict(prefix=name.removesuffix("weight"))
-            else:
-                state[name] = torch.empty(weight.shape, dtype=final_dtype(name, weight, dtype))
+            else:  # what quantized weights consist of stays as it is
+                converts = dtype and name.endswith(".weight") and weight.dtype.is_floating_point
+                state[name] = torch.empty(weight.shape, dtype=dtype if converts else weight.dtype)
     return state
 
 
@@ -225,12 +226,6 @@ def fill(
                 if whole_rows and part.dim() == 2:
                     part = part.chunk(world, 1)[rank]
                 state[name.removesuffix("weight") + key][start : start + len(part)] = part
-
-
-def final_dtype(name: str, weight: Weight, dtype: torch.dtype | None) -> torch.dtype:
-    """dtype for floating-point weights; what quantized ones consist of stays as it is."""
-    converts = dtype and name.endswith(".weight") and weight.dtype.is_floating_point
-    return dtype if converts else weight.dtype
 
 
 def load(
