@@ -161,7 +161,7 @@ class LLaMA:
             n_fed = sum(len(context.tokens) - context.n_cached for context in contexts)
             logits = self.advance(contexts)[:, : self.tokenizer.n_words]  # what is past is padding
             sequences = [context.tokens for context in contexts]
-            tokens = agreed(sample(logits, sequences, sampling, generator)).tolist()
+            tokens = agreed(sample(logits, sequences, sampling, generator))
             seconds = time.perf_counter() - begin
             if n_steps == 0:
                 timings.prompt_tokens += n_fed

@@ -100,9 +100,9 @@ def from_first(find: Callable, *args: object) -> Any:
     return found[0]
 
 
-def agreed(x: Tensor) -> Tensor:
-    """The first rank's x, on every rank: sampling may differ in a last bit between CPUs."""
-    return gather(x)[0].clone() if place()[1] > 1 else x
+def agreed(tokens: Tensor) -> list[int]:
+    """The first rank's, on every rank: sampling may differ in a last bit between CPUs."""
+    return (gather(tokens)[0] if place()[1] > 1 else tokens).tolist()
 
 
 def connect(model: Transformer) -> None:
