@@ -77,11 +77,13 @@ class Timings:
 
 
 class LLaMA:
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, plan: Mapping[str, str]):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, plan: Mapping[str, str] | None = None
+    ):
         """plan: how each form of weight is multiplied, in words."""
         self.model = model
         self.tokenizer = tokenizer
-        self.plan = plan
+        self.plan = plan or {}
         self.weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         self.timings = Timings()
 
