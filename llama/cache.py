@@ -8,12 +8,14 @@ scaled_dot_product_attention read them at a fraction of it, or copy them first.
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # positions whose keys lie together
+READ = 2**23  # numbers of K that `read` copies at a time
 
 
 class KVCache:
@@ -31,8 +33,10 @@ class KVCache:
         self.values = torch.empty(n_layers, n_kv_heads, n_blocks * BLOCK, head_dim, dtype=dtype)
         self.known = (0, 0), ()
 
-    def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> None:
-        """Store (n_tokens, n_kv_heads, head_dim) from that position on."""
+    def update(
+        self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor, heads: slice = slice(None)
+    ) -> None:
+        """Store (n_tokens, n_kv_heads, head_dim), or those heads alone, from that position on."""
         end = start_pos + len(xk)
         n_blocks = self.keys.shape[2]
         if end > n_blocks * BLOCK:
@@ -43,13 +47,18 @@ class KVCache:
             begin, stop = max(start_pos, block * BLOCK), min(end, (block + 1) * BLOCK)
             columns = slice(begin - block * BLOCK, stop - block * BLOCK)
             new = xk[begin - start_pos : stop - start_pos]
-            self.keys[layer_id, :, block, :, columns] = new.permute(1, 2, 0)
-        self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
+            self.keys[layer_id, heads, block, :, columns] = new.permute(1, 2, 0)
+        self.values[layer_id, heads, start_pos:end] = xv.transpose(0, 1)
 
-    def read(self, layer_id: int, end: int) -> tuple[Tensor, Tensor]:
-        """K, which is copied, and V up to a position: (n_kv_heads, end, head_dim)."""
-        blocks = self.keys[layer_id, :, : math.ceil(end / BLOCK)]
-        return blocks.mT.contiguous().flatten(1, 2)[:, :end], self.values[layer_id, :, :end]
+    def read(self, layer_id: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """A few heads at a time: which, their K, which is copied, and V: (heads, end, head_dim)."""
+        _, n_kv_heads, _, head_dim, _ = self.keys.shape
+        few = max(READ // (end * head_dim), 1)
+        for first in range(0, n_kv_heads, few):
+            heads = slice(first, first + few)
+            blocks = self.keys[layer_id, heads, : math.ceil(end / BLOCK)]
+            keys = blocks.mT.contiguous().flatten(1, 2)[:, :end]
+            yield heads, keys, self.values[layer_id, heads, :end]
 
     def attend(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v for one token's (n_heads, head_dim), of that shape."""

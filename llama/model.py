@@ -110,25 +110,36 @@ class Attention(nn.Module):
         return self.wo(output.flatten(-2))
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
-        """softmax(q k^T / sqrt(head_dim)) v of one sequence: (n_tokens, n_heads, head_dim)."""
+        """What the tokens of one sequence attend to, of (n_tokens, n_heads, head_dim) that shape."""
         start_pos, n_tokens, cache, mask = segment
         if cache is not None:
             cache.update(self.layer_id, start_pos, xk, xv)
             if n_tokens == 1:
                 return cache.attend(self.layer_id, xq[0], start_pos + 1)[None]
-        keys, values = xk.transpose(0, 1), xv.transpose(0, 1)
-        if start_pos > 0:
-            kept = cache.read(self.layer_id, start_pos + n_tokens)
-            keys, values = (rows.type_as(xq) for rows in kept)
-        output = F.scaled_dot_product_attention(
-            xq.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,  # without copies of keys and values
-        )
-        return output[0].transpose(0, 1)
+        if start_pos == 0:
+            return attention(xq, xk.transpose(0, 1), xv.transpose(0, 1), mask)
+        queries = xq.unflatten(1, (xk.shape[1], -1))  # by the head of keys that serves them
+        parts = [
+            attention(queries[:, heads].flatten(1, 2), keys, values, mask)
+            for heads, keys, values in cache.read(self.layer_id, start_pos + n_tokens)
+        ]
+        return torch.cat(parts, 1)
+
+
+def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v: (n_tokens, n_heads, head_dim), as xq; causal, or mask.
+
+    keys, values: (n_kv_heads, start_pos + n_tokens, head_dim), of any dtype.
+    """
+    output = F.scaled_dot_product_attention(
+        xq.transpose(0, 1)[None],
+        keys[None].type_as(xq),
+        values[None].type_as(xq),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,  # without copies of keys and values
+    )
+    return output[0].transpose(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -184,9 +195,10 @@ class Transformer(nn.Module):
         """
         back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
         for layer_id in range(self.args.n_layers):
-            keys, values = (kept[:, end:] for kept in cache.read(layer_id, length))
-            keys, values = apply_rotary_emb(keys, back), values.clone()
-            cache.update(layer_id, start, keys.transpose(0, 1), values.transpose(0, 1))
+            for heads, keys, values in cache.read(layer_id, length):
+                keys = apply_rotary_emb(keys[:, end:], back).transpose(0, 1)
+                values = values[:, end:].transpose(0, 1).clone()
+                cache.update(layer_id, start, keys, values, heads)
 
     @torch.inference_mode()
     def forward(

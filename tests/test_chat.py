@@ -177,12 +177,15 @@ def check_layer_0(chat: Chat) -> None:
         )
         values = layer.attention.wv(x).unflatten(-1, heads)
     n = len(tokens)
-    cached_keys, cached_values = context.cache.read(0, n)
-    torch.testing.assert_close(cached_keys, keys.transpose(0, 1), rtol=0, atol=2e-4)
-    torch.testing.assert_close(cached_values, values.transpose(0, 1))
+    for heads, cached_keys, cached_values in context.cache.read(0, n):
+        expected = keys.transpose(0, 1)[heads]
+        torch.testing.assert_close(cached_keys, expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(cached_values, values.transpose(0, 1)[heads])
 
 
-def test_a_full_context_forgets_its_oldest_turns_and_keeps_the_preamble(model, monkeypatch):
+@pytest.mark.parametrize("read", [2**23, 1])  # numbers of all heads at a time, and of one
+def test_a_full_context_forgets_its_oldest_turns_and_keeps_the_preamble(model, monkeypatch, read):
+    monkeypatch.setattr("llama.cache.READ", read)
     monkeypatch.setattr(model.model.args, "max_seq_len", 64)
     chat = new_chat(model, max_gen_len=12, seed=0)
     head = model.tokenizer.encode("Kind.\n\nUser:", bos=True, eos=False)

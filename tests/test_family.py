@@ -85,7 +85,11 @@ def repeat_kv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_grouped_query_attention_equals_attention_with_repeated_heads(grouped, grouped_weights):
+@pytest.mark.parametrize("read", [2**23, 1])  # numbers of all heads at a time, and of one
+def test_grouped_query_attention_equals_attention_with_repeated_heads(
+    grouped, grouped_weights, monkeypatch, read
+):
+    monkeypatch.setattr("llama.cache.READ", read)
     model = llama.load(grouped[1], TOKENIZER).model
     peer = llama.Transformer(llama.ModelArgs(**GROUPED | {"n_kv_heads": 16}))
     peer.load_state_dict(repeat_kv(grouped_weights))

@@ -125,7 +125,9 @@ def test_every_position_agrees_with_the_naive_forward(model, weights):
     assert relative_error(actual, naive_logits(weights, tokens)) < 1e-4
 
 
-def test_a_prompt_in_pieces_agrees_with_the_naive_forward(model, weights):
+@pytest.mark.parametrize("read", [2**23, 1])  # numbers of all heads at a time, and of one
+def test_a_prompt_in_pieces_agrees_with_the_naive_forward(model, weights, monkeypatch, read):
+    monkeypatch.setattr("llama.cache.READ", read)
     expected = naive_logits(weights, TOKENS[0])
     for start, end in [(0, 7), (7, 8), (8, 25), (25, 40)]:
         logits = model(TOKENS[:1, start:end], start)
