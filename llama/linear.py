@@ -204,6 +204,8 @@ class Int8Linear(Form):
     }
 
     def __init__(self, out_features: int, in_features: int):
+        if in_features % 16:  # PyTorch 2.13's operator reads past the end of such rows
+            self.layouts = self.layouts | {"rows": ("unpack",)}
         super().__init__(out_features, in_features)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
@@ -230,14 +232,12 @@ class Int8Linear(Form):
 
     def int8pack(self, x: Tensor) -> Tensor:
         """Weights int8, activations bf16."""
-        if self.in_features % 16:
-            raise RuntimeError("PyTorch 2.13 reads past the end of such rows")
         y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales.bfloat16())
         return y.type_as(x)
 
     def onednn(self, x: Tensor) -> Tensor:
         """Activations int8 as well, one scale a token."""
-        q, s = round_activations(x.float())
+        q, s = round_activations(x)
         alone = isinstance(s, float)
         y = torch.ops.onednn.qlinear_pointwise(
             *(q, s if alone else 1.0, 128),
@@ -251,7 +251,7 @@ class Int8Linear(Form):
 
         For a few tokens the second is nearly free, since they are bound by reading the weights.
         """
-        q, s = round_twice(x.float())
+        q, s = round_twice(x)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         y = join([multiply(q, 1.0, 64, piece) for piece in self.packed])
         return torch.add(y[: len(x)], y[len(x) :], alpha=1 / 126).mul_(s).type_as(x)
@@ -286,6 +286,7 @@ def row_scales(x: Tensor, limit: int) -> Tensor:
 @functools.lru_cache(maxsize=1)  # what wq wk wv, and w1 w3, multiply is the same
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """x (n, k) as (q - 128) s: q a uint8, s a scale for each row (n, 1) or, of one, a number."""
+    x = x.float()
     if len(x) == 1:  # fewer operators
         s = max(x.abs().max().item(), 1e-12) / 127
         return torch.add(ZERO_AND_HALF, x, alpha=1 / s).to(torch.uint8), s
@@ -296,6 +297,7 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
 @functools.lru_cache(maxsize=1)
 def round_twice(x: Tensor) -> tuple[Tensor, Tensor]:
     """x = s (q[:n] + q[n:] / 126), both of up to +-63: the second rounds what the first leaves."""
+    x = x.float()
     s = row_scales(x, 63)
     exact = x / s
     q = exact.round()
@@ -385,7 +387,7 @@ class Int4Linear(Int8Linear):
         """Activations int8 as well, one scale a token."""
         if not int8_is_exact():
             raise RuntimeError("made for another CPU")
-        q, s = round_activations(x.float())
+        q, s = round_activations(x)
         q, out = q.bitwise_xor(128).view(torch.int8), x.new_empty(len(x), self.out_features)
         for rows, block in self.blocks():
             y = torch._int_mm(q, block.t()).float().mul_(s)

@@ -35,7 +35,7 @@ def tune(model: nn.Module) -> dict[str, str]:
     kinds: dict[tuple, list[Form]] = {}
     for module in model.modules():
         if isinstance(module, Form):
-            kind = (type(module), tuple(module.layouts))
+            kind = (type(module), *module.layouts.items())
             kinds.setdefault(kind, []).append(module)
     chosen = {}
     with ThreadPoolExecutor(min(torch.get_num_threads(), 4)) as pool:
@@ -46,7 +46,8 @@ def tune(model: nn.Module) -> dict[str, str]:
                 layout, plan = choose(largest)
             with memory.without_holes():
                 list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
-            chosen[type(largest).__name__] = ", ".join(f"{way} from {n} tokens" for n, way in plan)
+            ways = ", ".join(f"{way} from {n} tokens" for n, way in plan)
+            chosen.setdefault(type(largest).__name__, ways)  # that of most, where widths differ
     return chosen
 
 

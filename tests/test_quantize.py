@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEMO, TOKENIZER, random_weights, write_shards
+from torch import nn
 
 import llama
 from llama import linear, tune
@@ -160,12 +161,14 @@ def test_weights_beyond_fp16_stay_bf16():
     assert torch.equal(module(torch.ones(1, 64)), torch.full((1, 64), 64 * 99840.0))
 
 
-def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise():
-    module = made(Int8Linear, torch.randn(64, 40))
-    with pytest.raises(RuntimeError):
-        module.int8pack(torch.ones(1, 40))
-    _, plan = tune.choose(module)
-    assert "int8pack" not in {way for _, way in plan}
+def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise(monkeypatch):
+    choose = tune.choose
+    model = nn.Sequential(*(made(Int8Linear, torch.randn(40, n)) for n in (64, 40)))
+    monkeypatch.setattr(tune, "SMALL", 0)
+    monkeypatch.setattr(tune, "choose", lambda module: ("rows", ((1, module.layouts["rows"][0]),)))
+    tune.tune(model)
+    assert [module.plan for module in model] == [((1, "int8pack"),), ((1, "unpack"),)]
+    assert "int8pack" not in {way for _, way in choose(model[1])[1]}
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
@@ -204,9 +207,23 @@ def test_int8_has_a_layout_for_vnni_and_another_for_cpus_without(monkeypatch, ex
         made(Int8Linear, torch.randn(64, 64)).pack(layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "layout", "way"),
+    [(Int8Linear, "onednn", "onednn"), (Int4Linear, "rows", "int_mm")],
+)
+def test_what_several_matrices_multiply_is_rounded_once(form, layout, way, dtype):
+    modules = [made(form, torch.randn(64, 64), layout) for _ in range(3)]
+    x, misses = torch.randn(5, 64).to(dtype), linear.round_activations.cache_info().misses
+    for module in modules:
+        getattr(module, way)(x)
+    assert linear.round_activations.cache_info().misses == misses + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounded", [linear.round_activations, linear.round_twice])
-def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it(rounded):
-    x = torch.randn(2, 64)
+def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it(rounded, dtype):
+    x = torch.randn(2, 64).to(dtype)
     first = rounded(x)
     assert rounded(x) is first
     q, s = rounded(x.clone().mul_(-2))
