@@ -211,13 +211,15 @@ class Transformer(nn.Module):
 
         tokens: int64 (bsz, seqlen), or bsz one-dimensional tensors of any lengths.
         start_pos: how many tokens of the sequence came before, for all or for each.
-        caches: what holds them; without, the model's own, begun anew where start_pos is 0.
+        caches: what holds them; without, the model's own, begun anew where all begin at 0.
         """
+        starts = [start_pos] * len(tokens) if isinstance(start_pos, int) else start_pos
+        if any(start + len(row) > self.args.max_seq_len for start, row in zip(starts, tokens)):
+            raise ValueError(f"there are {self.args.max_seq_len} positions: max_seq_len")
         if caches is None:
-            if start_pos == 0:
+            if not any(starts):
                 self.caches = [self.new_cache(len(row)) for row in tokens]
             caches = self.caches
-        starts = [start_pos] * len(tokens) if isinstance(start_pos, int) else start_pos
         h = self.hidden(tokens, starts, caches)
         last = torch.tensor([len(row) for row in tokens]).cumsum(0) - 1
         return self.output(h[last]).float()
@@ -230,7 +232,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The normalised state of every token, sequence after sequence: (n_tokens, dim)."""
         segments = []
-        for row, start_pos, cache in zip(tokens, starts, caches):
+        for row, start_pos, cache in zip(tokens, starts, caches, strict=True):
             mask = None
             if start_pos > 0 and len(row) > 1:
                 mask = torch.ones(len(row), start_pos + len(row), dtype=torch.bool).tril(start_pos)

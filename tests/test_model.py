@@ -134,6 +134,19 @@ def test_a_prompt_in_pieces_agrees_with_the_naive_forward(model, weights, monkey
         assert relative_error(logits[0], expected[end - 1]) < 1e-4
 
 
+def test_sequences_that_begin_anew_each_with_its_own_start(model):
+    rows = [TOKENS[0, :7], TOKENS[1, :3]]
+    expected = [model(row[None], 0) for row in rows]
+    torch.testing.assert_close(model(rows, [0, 0]), torch.cat(expected))
+
+
+def test_what_is_beyond_the_last_position_is_refused(model):
+    tokens = torch.ones(1, model.args.max_seq_len - 2, dtype=torch.int64)
+    model(tokens, 0)
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model(TOKENS[:1, :3], tokens.shape[1])
+
+
 def test_logits_are_fp32_of_the_last_position(checkpoint):
     torch.set_default_dtype(torch.bfloat16)
     try:
