@@ -99,16 +99,20 @@ class Chat:
         text = line if self.style.next is None else ""
         ends = [len(text)]  # of the text, after as many tokens
         shown = 0
+
+        def new(end: int) -> str:
+            nonlocal shown
+            begin, shown = shown, end
+            return text[begin:end] if begin else text[:end].lstrip()
+
         try:
             for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
                 ends.append(len(text))
-                begin, shown = shown, len(certain(text, stop))
-                yield text[begin:shown] if begin else text[:shown].lstrip()
+                yield new(len(certain(text, stop)))
                 if stop in text:
                     return
-            begin, shown = shown, len(text.rstrip())
-            yield text[begin:shown]
+            yield new(len(text.rstrip()))
         finally:
             self.cut_reply(text[:shown], ends)
 

@@ -44,6 +44,7 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
     "output": 0,
     "tok_embeddings": 1,
 }
+OUTPUTS = ("params.json", "tokenizer.model", "merged.pth")  # what a merge may write
 FORMAT = "quantized.format"  # one number, beside quantized weights
 UNUSED = {"rope.freqs", FORMAT}  # in files, and not in the model: it computes its own angles
 WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
@@ -131,8 +132,8 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     """Refuse what this process has no memory for, and name the flags with which it would."""
     free = memory.available()
 
-    def need(dtype: torch.dtype, quantize: str | None) -> int:
-        cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.max_seq_len
+    def need(dtype: torch.dtype, quantize: str | None, length: int = args.max_seq_len) -> int:
+        cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * length
         state = layout(weights, dtype, quantize)
         # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
         n_bytes = sum(t.nbytes * (2 if k.endswith(".groups") else 1) for k, t in state.items())
@@ -152,6 +153,8 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     if is_quantized(weights):
         smaller = {}
     fits = [flag for flag, how in smaller.items() if need(*how) <= free]
+    halves = (args.max_seq_len >> n for n in range(1, args.max_seq_len.bit_length() - 5))
+    fits += [f"--max_seq_len {n}" for n in halves if need(dtype, quantize, n) <= free][:1]
     remedy = "give " + " or ".join(fits) if fits else "close programs, or take a smaller model"
     raise UserError(
         f"the model takes {need(dtype, quantize) / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
@@ -305,36 +308,45 @@ def write_merged(
 ) -> Path:
     """Write the weights as one output_dir/merged.pth, and the files that go beside it.
 
-    Each is renamed to what it is called when all are whole and on the disk.
+    When all are whole and on the disk they are renamed to what they are called, merged.pth last.
     """
     contents = {output_dir / name: content for name, content in beside.items()}
     merged = output_dir / "merged.pth"
     paths = [*(path for path, new in contents.items() if not same(path, new)), merged]
 
     def check_paths() -> None:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(f"{output_dir} is no folder: name one with --output_dir")
         for path in paths:
             if path.is_dir() or os.path.lexists(path) and not overwrite:
-                remedy = "" if overwrite else ", or give --overwrite"
+                remedy = "" if path.is_dir() else ", or give --overwrite"
                 raise UserError(f"{path} exists: move it away{remedy}")
 
     check_paths()
     state = layout(weights, dtype, quantize)
     total = sum(tensor.nbytes for tensor in state.values())
     output_dir.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        for left in output_dir.glob(f".{path.name}.*.partial"):  # by a killed run
-            left.unlink(missing_ok=True)
-    free = shutil.disk_usage(output_dir).free
+    # What killed runs have left makes room, where the system tells how much it takes.
+    left = [path for name in OUTPUTS for path in output_dir.glob(f".{name}.*.partial")]
+    freed = sum(512 * getattr(path.stat(), "st_blocks", 0) for path in left)
+    free = shutil.disk_usage(output_dir).free + freed
     if free < total:
         raise UserError(f"{merged} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    for path in left:
+        path.unlink(missing_ok=True)
 
     run = os.urandom(4).hex()
     partials = {path: path.with_name(f".{path.name}.{run}.partial") for path in paths}
     try:
         for path, partial in partials.items():
-            partial.write_bytes(contents.get(path, b""))
+            with partial.open("wb") as file:
+                file.write(contents.get(path, b""))
+                file.flush()
+                os.fsync(file.fileno())
         write_weights(partials[merged], weights, state, dtype, quantize)
         check_paths()
+        if len(paths) > 1:  # rather no weights for a moment than these beside other params.json
+            merged.unlink(missing_ok=True)
         for path, partial in partials.items():
             partial.replace(path)
     except OSError as error:

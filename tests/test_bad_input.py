@@ -489,7 +489,10 @@ def test_too_little_memory_names_the_flags_that_would_fit(checkpoint, monkeypatc
     bf16, int8, int4 = "--dtype bfloat16", "--quantize int8", "--quantize int4"
     n_bytes = 4 * sum(t.numel() for name, t in random_weights().items() if name != "rope.freqs")
     cache = 2 * 2 * 512 * 128 * 4
-    assert refused(n_bytes + cache - 1).endswith(f"give {bf16} or {int8} or {int4}")
+    others = f"give {bf16} or {int8} or {int4}"
+    assert refused(n_bytes + cache - 1).endswith(f"{others} or --max_seq_len 256")
+    assert refused(n_bytes + cache // 8).endswith(f"{others} or --max_seq_len 64")
+    assert refused(n_bytes).endswith(others)
     assert refused((n_bytes + cache) // 2 - 1).endswith(f"give {int8} or {int4}")
     assert refused(n_bytes // 4 + cache // 2 - 1).endswith(f"give {int4}")  # fp16 in the cache
     w2 = 4 * 128 * 384  # turned in fp32

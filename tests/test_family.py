@@ -434,6 +434,24 @@ def test_what_appears_while_a_folder_is_converted_is_kept(name, tmp_path, out, m
     assert (out / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("n_renamed", [0, 1])
+def test_weights_never_lie_beside_another_models_params(n_renamed, tmp_path, out, monkeypatch):
+    folder = write_folder(tmp_path / "in", FOLDERS["llama"])
+    convert(folder, out)
+    edit_config(folder, rms_norm_eps=1e-3)
+    replace, renamed = Path.replace, []
+
+    def interrupted(self, target):
+        if len(renamed) == n_renamed:
+            raise KeyboardInterrupt
+        renamed.append(replace(self, target).name)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"params.json", "tokenizer.model"}
+
+
 def test_conversion_makes_the_folder_it_writes_to(tmp_path):
     out = tmp_path / "new" / "out"
     convert(write_folder(tmp_path / "in", FOLDERS["llama"]), out)

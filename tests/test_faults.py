@@ -93,7 +93,7 @@ def test_an_output_folder_that_is_read_only(checkpoint, read_only, run_script):
 def test_an_output_folder_that_is_a_file(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.write_text("mine")
-    with pytest.raises(OSError, match=str(out)):
+    with pytest.raises(llama.UserError, match="out is no folder"):
         merge(checkpoint, out)
     assert out.read_text() == "mine"
 
@@ -163,6 +163,25 @@ def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, run_script,
         read_index(tmp_path / "merged.pth").keys()
         == read_index(checkpoint / "consolidated.00.pth").keys()
     )
+
+
+def test_a_merge_for_which_there_is_no_room_removes_nothing(checkpoint, tmp_path, monkeypatch):
+    other = tmp_path / ".merged.pth.1.partial"
+    other.write_text("theirs")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(llama.UserError, match="0.0 GB are free"):
+        merge(checkpoint, tmp_path)
+    assert other.read_text() == "theirs"
+
+
+def test_what_killed_runs_have_left_counts_as_free_and_is_removed(
+    checkpoint, tmp_path, monkeypatch
+):
+    for name in ("merged.pth", "params.json"):
+        (tmp_path / f".{name}.1.partial").write_bytes(bytes(10**7))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    merged = merge(checkpoint, tmp_path)
+    assert list(tmp_path.iterdir()) == [merged]
 
 
 def test_a_merge_does_not_remove_what_a_later_one_is_writing(checkpoint, tmp_path, monkeypatch):

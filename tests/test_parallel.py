@@ -258,7 +258,27 @@ if __name__ == "__main__":  # one rank of the fixture `ranks`
         torch.save(run_cases(torch.load(folder / "cases")), folder / f"found.{place()[0]}")
 
 
-def test_ranks_are_bound_socket_by_socket(tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "n_ranks", "now", "bound"),
+    [
+        (0, 2, {0, 1, 2, 3, 4}, [0, 2]),
+        (1, 2, {0, 1, 2, 3, 4}, [4, 1, 3]),
+        (1, 2, {2, 3}, None),  # by another
+        (0, 6, {0, 1, 2, 3, 4}, None),  # too few for all
+    ],
+)
+def test_ranks_are_bound_to_cores_of_their_own(monkeypatch, rank, n_ranks, now, bound):
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_ranks))
+    monkeypatch.setattr(parallel, "cores_by_node", lambda: [0, 2, 4, 1, 3])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: now, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *args: calls.append(args), raising=False)
+    parallel.bind()
+    assert calls == ([] if bound is None else [(0, bound)])
+
+
+def test_cores_are_counted_socket_by_socket(tmp_path):
     for node, spans in (("node0", "0-1,4-5"), ("node1", "2-3,6"), ("node2", "")):
         (tmp_path / node).mkdir()
         (tmp_path / node / "cpulist").write_text(spans + "\n")
