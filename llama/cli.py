@@ -58,6 +58,8 @@ def parse(main: Callable[..., None], argv: list[str]) -> tuple[list[str], dict]:
     n_flags = argv.index("--") if "--" in argv else len(argv)
     parameters = inspect.signature(main).parameters
     command = [quoted(spelled_out(arg, parameters), parameters) for arg in argv[:n_flags]]
+    if {"--help", "-h"} & {*command}:
+        command = ["--help"]
     name = Path(sys.argv[0]).name
     for arg in command:
         flag = arg.partition("=")[0]

@@ -18,9 +18,9 @@ class Tokenizer:
         try:
             model = Path(model_path).read_bytes()
             self.sp_model = SentencePieceProcessor(model_proto=model)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise UserError(
-                f"{model_path} is missing: it comes with the weights; name it with --tokenizer_path"
+                f"{model_path} is no file: it comes with the weights; name it with --tokenizer_path"
             ) from None
         except RuntimeError:
             llama3 = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)

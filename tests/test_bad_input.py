@@ -414,7 +414,7 @@ def protobuf_length(data: bytes) -> int:
 
 
 TOKENIZERS = {
-    "missing": (None, "is missing.*--tokenizer_path"),
+    "missing": (None, "is no file.*--tokenizer_path"),
     "empty": (b"", "no <s>"),
     "text": (b"hello there\n" * 50, "no sentencepiece model"),
     "Llama 3": (b"IQ== 0\nIg== 1\nIw== 2\n", "Llama 3.*tiktoken"),

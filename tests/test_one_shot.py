@@ -47,13 +47,15 @@ def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere():
     assert flags == {"top_p": 0.5, "quiet": True, "top_k": 3}
 
 
-def test_help_names_each_flag_with_its_default(capsys):
+@pytest.mark.parametrize("argv", [["--help"], ["two words", "--top_k", "2", "-h"]])
+def test_help_names_each_flag_with_its_default(argv, capsys):
     with pytest.raises(SystemExit) as end:
-        parse(example, ["--help"])
+        parse(example, argv)
     assert not end.value.code
     shown = " ".join(capsys.readouterr().err.split())
     for line in ("--top_p=TOP_P Type: float Default: 0.95 How.", "Do something."):
         assert line in shown
+    assert "words" not in shown
 
 
 @pytest.mark.parametrize("argv", [["--topp", "1"], ["--top=1"], ["-x"]])
