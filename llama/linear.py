@@ -39,7 +39,7 @@ class Form(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.plan = ((1, self.layouts["rows"][-1]),)  # from how many tokens on, which way
-        self.packed: list = []  # pieces of W, rows after rows, in a layout of PyTorch's own
+        self.packed: list = []  # what the operators of another layout take in place of W
 
     def pack(self, layout: str) -> None:
         """Once the weights are there: bring them all into a layout, or raise RuntimeError."""
@@ -50,8 +50,9 @@ class Form(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mixes:
             x = mix(x.float()).type_as(x)
-        way = next(way for n_tokens, way in reversed(self.plan) if n_tokens <= len(x))
-        return getattr(self, way)(x)
+        for n_tokens, way in reversed(self.plan):
+            if n_tokens <= len(x):
+                return getattr(self, way)(x)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of W and what they are: (n_rows, in_features), up to `scale`'s factor a row."""
@@ -364,6 +365,7 @@ class Int4Linear(Int8Linear):
             both = torch.stack([step, low + 8 * step], 2) * self.scales[:, None, None]
             both = both.transpose(0, 1).to(torch.bfloat16).contiguous()
             self.register_buffer("scales_and_zeros", both)
+            self.packed = [self.weight, group_size(self.in_features), both]
             del self.groups
 
     def step_and_low(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -396,10 +398,7 @@ class Int4Linear(Int8Linear):
 
     def int4pack(self, x: Tensor) -> Tensor:
         """Weights int4, activations bf16."""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.bfloat16(), self.weight, group_size(self.in_features), self.scales_and_zeros
-        )
-        return y.type_as(x)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), *self.packed).type_as(x)
 
 
 def group_size(in_features: int) -> int:

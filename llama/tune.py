@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import memory
 from .linear import Form
 
-N_TOKENS = (1, 4, 16, 128)  # how many at once the ways are timed for
+N_TOKENS = (1, 4, 16, 64, 128)  # how many at once the ways are timed for
 SMALL = 2**23  # weights: fewer are not timed, so that a seed draws the same tokens each time
 TRIAL = 2**24  # weights of the matrix that they are timed on
 OTHER = 2**24  # numbers read before each time, so that the caches do not hold the matrix
