@@ -339,11 +339,11 @@ def write_merged(
     partials = {path: path.with_name(f".{path.name}.{run}.partial") for path in paths}
     try:
         for path, partial in partials.items():
-            with partial.open("wb") as file:
-                file.write(contents.get(path, b""))
-                file.flush()
-                os.fsync(file.fileno())
+            partial.write_bytes(contents.get(path, b""))  # PyTorch tells less well what hinders it
         write_weights(partials[merged], weights, state, dtype, quantize)
+        for partial in partials.values():
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
         check_paths()
         if len(paths) > 1:  # rather no weights for a moment than these beside other params.json
             merged.unlink(missing_ok=True)
@@ -385,8 +385,6 @@ def write_weights(
                 bar.update(tensor.nbytes)
             if not path.exists():
                 raise UserError(f"{path.parent}: another run merges into it: let that one finish")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def reserve(path: Path, state: dict[str, Tensor]) -> dict[str, Stored]:

@@ -205,7 +205,7 @@ class Int8Linear(Form):
     }
 
     def __init__(self, out_features: int, in_features: int):
-        if in_features % 16:  # PyTorch 2.13's operator reads past the end of such rows
+        if in_features % 16:  # see int8pack
             self.layouts = self.layouts | {"rows": ("unpack",)}
         super().__init__(out_features, in_features)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
@@ -233,6 +233,8 @@ class Int8Linear(Form):
 
     def int8pack(self, x: Tensor) -> Tensor:
         """Weights int8, activations bf16."""
+        if self.in_features % 16:
+            raise RuntimeError("PyTorch 2.13 reads past the end of such rows")
         y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales.bfloat16())
         return y.type_as(x)
 

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return self.wo(output.flatten(-2))
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
-        """What the tokens of one sequence attend to, of (n_tokens, n_heads, head_dim) that shape."""
+        """What the tokens of one sequence attend to: (n_tokens, n_heads, head_dim), as xq."""
         start_pos, n_tokens, cache, mask = segment
         if cache is not None:
             cache.update(self.layer_id, start_pos, xk, xv)

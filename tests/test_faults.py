@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_two_merges_into_one_folder_do_not_mix(checkpoint, tmp_path, run_script,
 def test_a_merge_for_which_there_is_no_room_removes_nothing(checkpoint, tmp_path, monkeypatch):
     other = tmp_path / ".merged.pth.1.partial"
     other.write_text("theirs")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(llama.UserError, match="0.0 GB are free"):
         merge(checkpoint, tmp_path)
     assert other.read_text() == "theirs"
@@ -179,7 +180,7 @@ def test_what_killed_runs_have_left_counts_as_free_and_is_removed(
 ):
     for name in ("merged.pth", "params.json"):
         (tmp_path / f".{name}.1.partial").write_bytes(bytes(10**7))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     merged = merge(checkpoint, tmp_path)
     assert list(tmp_path.iterdir()) == [merged]
 

@@ -169,6 +169,8 @@ def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise(m
     tune.tune(model)
     assert [module.plan for module in model] == [((1, "int8pack"),), ((1, "unpack"),)]
     assert "int8pack" not in {way for _, way in choose(model[1])[1]}
+    with pytest.raises(RuntimeError):
+        model[1].int8pack(torch.ones(1, 40))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
