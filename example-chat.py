@@ -34,6 +34,7 @@ def main(
     dtype: str = "float32",
     quantize: str | None = None,
     seed: int | None = None,
+    threads: int | None = None,
     verbose: bool = False,
 ) -> None:
     """Talk with a model line by line; /help tells how.
@@ -52,11 +53,12 @@ def main(
         dtype: float32, or bfloat16 for half the memory.
         quantize: int8 or int4, for a quarter or a sixth of the memory.
         seed: Any whole number: the same seed draws the same tokens.
+        threads: Default: as many as there are cores for this program.
         verbose: Say how the model lies in memory and is computed.
     """
     require(style in STYLES, "style", ", ".join(STYLES), style)
     sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
-    llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize, verbose)
+    llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize, threads, verbose)
     chat = Chat(llama, STYLES[style], system, sampling)
     lines = read_lines()
     while (line := from_first(next, lines, None)) is not None:

@@ -27,6 +27,7 @@ def main(
     dtype: str = "float32",
     quantize: str | None = None,
     seed: int | None = None,
+    threads: int | None = None,
     verbose: bool = False,
 ) -> None:
     """Continue each prompt and print it with its continuation.
@@ -46,6 +47,7 @@ def main(
         dtype: float32, or bfloat16 for half the memory.
         quantize: int8 or int4, for a quarter or a sixth of the memory.
         seed: Any whole number: the same seed draws the same tokens.
+        threads: Default: as many as there are cores for this program.
         verbose: Say how the model lies in memory and is computed.
     """
     sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
@@ -53,7 +55,7 @@ def main(
 
     begin = time.perf_counter()
     llama = open_model(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype, quantize, verbose
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype, quantize, threads, verbose
     )
     load_seconds = time.perf_counter() - begin
     if len(texts) == 1:

@@ -12,5 +12,6 @@ setup(
         "sentencepiece>=0.2,<1",
         "fire>=0.6,<1",
         "tqdm>=4.60,<5",
+        "psutil>=5.9,<8",
     ],
 )

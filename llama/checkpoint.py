@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from . import memory
+from . import system
 from .errors import UserError, require
 from .generation import LLaMA
 from .linear import mixed
@@ -46,7 +46,8 @@ SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (
 }
 OUTPUTS = ("params.json", "tokenizer.model", "merged.pth")  # what a merge may write
 FORMAT = "quantized.format"  # one number, beside quantized weights
-UNUSED = {"rope.freqs", FORMAT}  # in files, and not in the model: it computes its own angles
+# In files, and not in the model, which computes its rotary angles. Meta's 7B has them per layer.
+UNUSED = ("rope.freqs", "rotary_emb.inv_freq", FORMAT)
 WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
 
 
@@ -113,7 +114,7 @@ def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> No
             form = form_there(stem, weights)
             if form and tensor.dim() == 2:
                 expected |= form(*tensor.shape).state_dict(prefix=stem)
-    for name in (*expected, *(weights.keys() - UNUSED)):
+    for name in (*expected, *(name for name in weights if not name.endswith(UNUSED))):
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
@@ -130,7 +131,7 @@ def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> No
 
 def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | None) -> None:
     """Refuse what this process has no memory for, and name the flags with which it would."""
-    free = memory.available()
+    free = system.available_memory()
 
     def need(dtype: torch.dtype, quantize: str | None, length: int = args.max_seq_len) -> int:
         cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * length
@@ -143,7 +144,7 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         return n_bytes + max(cache * cache_dtype(state, dtype).itemsize, turning) + WORKING
 
     dtype = torch.get_default_dtype()
-    if free is None or need(dtype, quantize) <= free:
+    if need(dtype, quantize) <= free:
         return
     smaller = {
         "--dtype bfloat16": (torch.bfloat16, quantize),
@@ -248,8 +249,7 @@ def load(
     args = read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
     weights = open_checkpoint(paths)
     check_fit(weights, args, ckpt_dir)
-    for name in UNUSED & weights.keys():
-        del weights[name]
+    weights = {name: w for name, w in weights.items() if not name.endswith(UNUSED)}
     dtype = torch.get_default_dtype()
     rank, world = place()
     if args.n_heads % world or args.n_kv_heads % world:

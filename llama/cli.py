@@ -12,13 +12,14 @@ from pathlib import Path
 import fire
 import torch
 
-from . import memory
+from . import system
 from .checkpoint import find_files, load
-from .errors import UserError, require
+from .errors import UserError, one_line, require
 from .generation import LLaMA
 from .parallel import joined
 
 ROOT = Path(__file__).resolve().parent.parent
+ONE_THREAD = 2**24  # weights: smaller models gain nothing from a second thread
 
 
 def run(main: Callable[..., None]) -> None:
@@ -46,7 +47,7 @@ def run(main: Callable[..., None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
-        sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(error)))
+        sys.exit(f"error: {one_line(error)}")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
@@ -116,6 +117,7 @@ def open_model(
     max_batch_size: int,
     dtype: str,
     quantize: str | None,
+    threads: int | None,
     verbose: bool,
 ) -> LLaMA:
     """The model that a script's flags name, with dtype as PyTorch's default from here on.
@@ -123,14 +125,28 @@ def open_model(
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo that comes along.
     """
     torch.set_default_dtype(parse_dtype(dtype))
+    set_threads(threads)
     folder = default_model() if ckpt_dir is None else Path(ckpt_dir)
     tokenizer = default_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
     llama = load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
+    n_weights = sum(tensor.numel() for tensor in llama.model.state_dict().values())
+    if threads is None and n_weights < ONE_THREAD:
+        torch.set_num_threads(1)
     if verbose:
+        print(f"threads: {torch.get_num_threads()}", file=sys.stderr)
         print(f"weights: {llama.weight_bytes / 1e9:.3g} GB", file=sys.stderr)
         for form, ways in llama.plan.items():
             print(f"{form}: {ways}", file=sys.stderr)
     return llama
+
+
+def set_threads(threads: int | None) -> None:
+    """Use as many threads as asked for, or else as there are cores for this process."""
+    require(threads is None or threads > 0, "threads", "1 or more", threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), system.available_cpus()))
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -156,5 +172,4 @@ def default_tokenizer(folder: Path) -> Path:
 
 
 def peak_memory() -> str:
-    peak = memory.peak()
-    return f"peak memory {peak / 1e9:.2f} GB" if peak else "peak memory unknown"
+    return f"peak memory {system.peak_memory() / 1e9:.2f} GB"

@@ -5,6 +5,7 @@ by inputs, so that its partial results are summed: two all-reduces a layer (Mega
 1909.08053, section 3). torchrun starts the ranks; a process alone is rank 0 of 1, and pays nothing.
 """
 
+import json
 import mmap
 import os
 import platform
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .model import Transformer
 
 BEAT = 1.0  # seconds between a rank's signs of life
@@ -57,7 +58,7 @@ def joined() -> Iterator[None]:
         watcher.join()
         dist.barrier()  # the store, on the first rank, is not gone before the last watcher
         dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, OSError) as error:
         time.sleep(3 * BEAT if rank else 0)  # most often the first rank has the same to say
         store.compare_set("failure", "", f"rank {rank}: {error}" if rank else str(error))
         done.wait()
@@ -81,7 +82,7 @@ def watch(store: dist.Store, rank: int, world: int, done: Event) -> None:
         dead = [i for i in range(world) if quiet[i] > (3 if terminated else PATIENCE)]
         failure = failure or "".join(f"rank {i} has died" for i in dead[:1])
         if failure and rank == min({*range(world)} - {*dead}):
-            print(f"error: {failure}", file=sys.__stderr__, flush=True)
+            print(f"error: {one_line(failure)}", file=sys.__stderr__, flush=True)
         if failure or terminated > 5:
             os._exit(1)
 
@@ -94,10 +95,19 @@ def place() -> tuple[int, int]:
 def from_first(find: Callable, *args: object) -> Any:
     """What find(*args) is on the first rank, on every rank."""
     rank, world = place()
-    found = [find(*args) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+    found = find(*args) if rank == 0 else None
+    if world == 1:
+        return found
+    content = bytearray(json.dumps(found).encode())  # as broadcast_object_list, without NumPy
+    size = torch.tensor(len(content))
+    dist.broadcast(size, 0)
+    data = (
+        torch.frombuffer(content, dtype=torch.uint8)
+        if rank == 0
+        else torch.empty(size, dtype=torch.uint8)
+    )
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.tolist()))
 
 
 def agreed(tokens: Tensor) -> list[int]:

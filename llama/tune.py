@@ -16,8 +16,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from . import memory
 from .linear import Form
+from .system import without_holes
 
 N_TOKENS = (1, 4, 16, 64, 128)  # how many at once the ways are timed for
 SMALL = 2**23  # weights: fewer are not timed, so that a seed draws the same tokens each time
@@ -44,7 +44,7 @@ def tune(model: nn.Module) -> dict[str, str]:
             layout, plan = "rows", largest.plan
             if sum(map(size, modules)) >= SMALL:
                 layout, plan = choose(largest)
-            with memory.without_holes():
+            with without_holes():
                 list(pool.map(functools.partial(settle, layout=layout, plan=plan), modules))
             ways = ", ".join(f"{way} from {n} tokens" for n, way in plan)
             chosen.setdefault(type(largest).__name__, ways)  # the first, where widths differ

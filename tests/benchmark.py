@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llama
-from llama import memory, tune
+from llama import system, tune
 from llama.checkpoint import find_files, layout, reserve
 from llama.linear import Form
 from model.demo.train import bits_per_byte, read
@@ -117,7 +117,7 @@ def serve(program: str, folder: str, dtype: str, prompt: int, new: int, max_seq_
             return model.model([torch.tensor(tokens)], [position], [cache])
 
     seconds = time.perf_counter() - begin
-    print(json.dumps([n_bytes, memory.peak(), seconds, plan]), flush=True)
+    print(json.dumps([n_bytes, system.peak_memory(), seconds, plan]), flush=True)
     tokens = torch.randint(3, 32000, (prompt,)).tolist()
     for _ in sys.stdin:
         begin = time.perf_counter()

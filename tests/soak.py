@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import llama
-from llama import memory, tune
+from llama import system, tune
 from llama.chat import STYLES, Chat
 from llama.generation import Sampling
 
@@ -29,7 +29,7 @@ def open_demo(quantize: str | None = None, max_seq_len: int = 512) -> llama.LLaM
 
 def resident() -> float:
     """MB that this process holds."""
-    return memory.number(Path("/proc/self/status"), "VmRSS") / 1e6
+    return system.read_number(Path("/proc/self/status"), "VmRSS") / 1e6
 
 
 def talk(n_turns: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from conftest import TOKENIZER, random_weights, write_shards
 
 import llama
-from llama import memory
+from llama import system
 from llama.checkpoint import merge
 from llama.generation import Sampling, sample
 from llama.stored import read_index
@@ -132,9 +132,9 @@ def test_a_value_that_no_model_has_is_refused(folder, key, values):
 def test_a_params_json_of_10_to_the_12_parameters_is_refused_before_anything_is_built(folder):
     sizes = {"dim": 2**18, "n_heads": 2**11, "n_layers": 1000}
     (folder / "params.json").write_text(json.dumps(PARAMS | sizes))
-    before = memory.peak()
+    before = system.peak_memory()
     assert "tok_embeddings.weight is float (2048, 64)" in refusal(folder)
-    assert memory.peak() - before < 200e6
+    assert system.peak_memory() - before < 200e6
 
 
 # Shards
@@ -453,29 +453,45 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(folder, tiny, n_piec
 # Memory
 
 
-def test_the_least_of_what_linux_tells_is_left(tmp_path):
-    def tell(path: str, text: str) -> None:
+@pytest.fixture
+def tell(tmp_path):
+    """Writes a file of the kernel's, below tmp_path."""
+
+    def write(path: str, text: str) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
 
-    assert memory.available(tmp_path) is None
-    tell("proc/meminfo", "MemTotal:       99 kB\nMemAvailable:   50 kB\n")
-    assert memory.available(tmp_path) == 50 * 1024
-    tell("proc/self/limits", "Max address space         unlimited            unlimited  bytes\n")
-    tell("proc/self/status", "VmPeak:    9 kB\nVmSize:    8 kB\n")
-    assert memory.available(tmp_path) == 50 * 1024
-    tell("proc/self/limits", "Max address space         49152                unlimited  bytes\n")
-    assert memory.available(tmp_path) == 40 * 1024
+    return write
+
+
+def test_a_containers_limit_bounds_the_available_memory(tmp_path, tell):
     tell("proc/self/cgroup", "0::/user/me\n")
     tell("sys/fs/cgroup/user/me/memory.max", "max\n")
-    assert memory.available(tmp_path) == 40 * 1024
+    assert system.available_memory(tmp_path) > 2**20
     tell("sys/fs/cgroup/user/memory.max", "30720\n")
     tell("sys/fs/cgroup/user/memory.stat", "anon 10240\nfile 20480\n")
-    assert memory.available(tmp_path) == 20 * 1024
+    assert system.available_memory(tmp_path) == 20 * 1024
     tell("proc/self/cgroup", "9:name=systemd:/\n4:memory:/docker/1\n")
     tell("sys/fs/cgroup/memory/memory.limit_in_bytes", "20480")
     tell("sys/fs/cgroup/memory/memory.stat", "rss 1\ntotal_rss 10240\n")
-    assert memory.available(tmp_path) == 10 * 1024
+    assert system.available_memory(tmp_path) == 10 * 1024
+
+
+def test_affinity_and_a_containers_quota_bound_the_number_of_threads(tmp_path, tell, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(8)}, raising=False)
+    assert system.available_cpus(tmp_path) == 8
+    tell("proc/self/cgroup", "0::/me\n")
+    tell("sys/fs/cgroup/me/cpu.max", "max 100000\n")
+    assert system.available_cpus(tmp_path) == 8
+    tell("sys/fs/cgroup/cpu.max", "350000 100000\n")
+    assert system.available_cpus(tmp_path) == 4
+    tell("proc/self/cgroup", "3:cpuacct,cpu:/\n")
+    (tmp_path / "sys/fs/cgroup/cpu.max").unlink()
+    tell("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    tell("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert system.available_cpus(tmp_path) == 8
+    tell("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "150000\n")
+    assert system.available_cpus(tmp_path) == 2
 
 
 def test_too_little_memory_names_the_flags_that_would_fit(checkpoint, monkeypatch):
@@ -483,7 +499,7 @@ def test_too_little_memory_names_the_flags_that_would_fit(checkpoint, monkeypatc
     monkeypatch.setattr("llama.checkpoint.WORKING", 0)
 
     def refused(free: int, **options) -> str:
-        monkeypatch.setattr(memory, "available", lambda: free)
+        monkeypatch.setattr(system, "available_memory", lambda: free)
         return refusal(checkpoint, **options)
 
     bf16, int8, int4 = "--dtype bfloat16", "--quantize int8", "--quantize int4"
@@ -498,9 +514,7 @@ def test_too_little_memory_names_the_flags_that_would_fit(checkpoint, monkeypatc
     w2 = 4 * 128 * 384  # turned in fp32
     assert refused(n_bytes // 4 + w2 - 1, max_seq_len=1, quantize="int8").endswith(f"give {int4}")
     assert refused(1000).endswith("smaller model")
-    monkeypatch.setattr(memory, "available", lambda: n_bytes + cache)
-    assert llama.load(checkpoint, TOKENIZER)
-    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(system, "available_memory", lambda: n_bytes + cache)
     assert llama.load(checkpoint, TOKENIZER)
 
 

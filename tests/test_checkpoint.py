@@ -122,3 +122,20 @@ llama.load({str(DEMO)!r}, {str(TOKENIZER)!r}, quantize={quantize!r}).generate(["
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("size", "n_shards"), [("7B", 1), ("13B", 2), ("30B", 4), ("65B", 8)])
+def test_the_files_of_metas_first_release_run_and_merge(size, n_shards, weights, tmp_path):
+    """Rotary angles are in every layer of 7B, and once in the others; neither is used."""
+    angles = weights["rope.freqs"]
+    plain = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
+    names = ["rope.freqs"]
+    if size == "7B":
+        names = [f"layers.{n}.attention.inner_attention.rope.freqs" for n in (0, 1)]
+    files = plain | dict.fromkeys(names, angles)
+    folder = write_shards(tmp_path / size, files, n_shards)
+    expected = llama.load(write_shards(tmp_path / "plain", plain, 1), TOKENIZER)
+    text = expected.generate(["Once upon a time"], 8, temperature=0)
+    assert llama.load(folder, TOKENIZER).generate(["Once upon a time"], 8, temperature=0) == text
+    merge(folder, folder)
+    assert llama.load(folder, TOKENIZER).generate(["Once upon a time"], 8, temperature=0) == text

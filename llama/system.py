@@ -1,0 +1,94 @@
+"""What this process may take of the machine, and of the container that it runs in."""
+
+import ctypes
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+ROOT = Path("/")
+
+
+def read_number(path: Path, name: str = "") -> int | None:
+    """The number behind a name in one of the kernel's files; None if there is none."""
+    try:
+        found = re.search(rf"^{name}:?\s*(\d+)( kB)?", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found and int(found[1]) * (1024 if found[2] else 1)
+
+
+def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of the cgroups (version 2, or 1 with this controller) that limit this process."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            folder = root / "sys/fs/cgroup" / (controllers and controller) / path.lstrip("/")
+            yield from (folder, *folder.parents)
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes left to this process: the least of the machine's, the container's and `ulimit -v`'s."""
+    left = [psutil.virtual_memory().available]
+    if sys.platform == "linux":
+        limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            left.append(limit - psutil.Process().memory_info().vms)
+    for folder in cgroup_folders("memory", root):
+        for limit, used in (("max", "anon"), ("limit_in_bytes", "total_rss")):
+            if n_bytes := read_number(folder / f"memory.{limit}"):
+                left.append(n_bytes - (read_number(folder / "memory.stat", used) or 0))
+    return min(left)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    if sys.platform == "linux":
+        return read_number(Path("/proc/self/status"), "VmHWM")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def available_cpus(root: Path = ROOT) -> int:
+    """Cores that this process may use: by its affinity and by the container's CPU quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else psutil.cpu_count(logical=False) or 1
+    for folder in cgroup_folders("cpu", root):
+        quota = read_number(folder / "cpu.cfs_quota_us")
+        period = read_number(folder / "cpu.cfs_period_us")
+        if (folder / "cpu.max").exists():  # "QUOTA PERIOD" or "max PERIOD"
+            numbers = (folder / "cpu.max").read_text().split()
+            quota, period = (int(n) if n.isdigit() else None for n in numbers)
+        if quota and period:
+            cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """Let freed memory go back at once, in blocks of a MB and more: each a mapping of its own.
+
+    Else glibc keeps what is freed between blocks that stay. As a rule that is well, since a new
+    mapping costs a page fault every 4 KB.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:  # what glibc itself comes to once it has seen large blocks
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
