@@ -1,27 +1,26 @@
 """Chat with a LLaMA model, on the CPU."""
 
-import os
-import sys
-from collections.abc import Iterator
 from contextlib import closing
+from typing import Literal
 
-from llama.chat import STYLES, Chat
-from llama.cli import open_model, run
-from llama.errors import UserError, require
-from llama.generation import Sampling
-from llama.parallel import from_first, place
+import llama
+from llama import STYLES, cli, terminal
+from llama.errors import check
+
+import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
 HELP = """\
 /reset   begin a new conversation
-/help    show this
-/exit    leave, as the end of input and Ctrl-C at the prompt do
-Ctrl-C   stop the reply; the conversation goes on
-A line ending in \\ goes on in the next. A space before / sends a line that begins with it."""
+/retry   draw the last reply again
+/help    show this (also /?)
+/exit    leave (also /quit, /bye and Ctrl-D)
+Ctrl-C   stop the reply, or clear the line
+A line that ends in \\ continues on the next one. A space before / sends the line as it is."""
 
 
 def main(
     *,
-    style: str = "dialog",
+    style: Literal[tuple(STYLES)] | None = None,
     system: str | None = None,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -29,98 +28,102 @@ def main(
     top_p: float = 0.95,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    prompt_lookup: int = 8,
     max_seq_len: int = 512,
-    max_gen_len: int = 512,
-    dtype: str = "float32",
-    quantize: str | None = None,
+    max_gen_len: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    quantize: Literal["int8", "int4"] | None = None,
     seed: int | None = None,
     threads: int | None = None,
     verbose: bool = False,
 ) -> None:
-    """Talk with a model line by line; /help tells how.
+    """Chat with a LLaMA model, on the CPU.
+
+    Each line of input is a message; the replies go to stdout, all else to stderr.
 
     Args:
-        style: How the talk is written out for the model: dialog, complete, llama2, alpaca, vicuna.
-        system: What the model is told first, instead of the style's preamble. Default: that
-        ckpt_dir: Folder of params.json and merged.pth or consolidated.*.pth. Default: ./model
-        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer
+        style: The prompt format that the model was trained on. Default: what the converted model's
+            folder says, or else dialog, for plain LLaMA.
+        system: The text before the conversation. Default: the style's.
+        ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth. Default: ./model,
+            or else the demo model.
+        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer.
+        dtype: float32 is exact; bfloat16 takes half the memory.
+        quantize: Round the weights: int8 takes a quarter of float32's memory, int4 a sixth.
         temperature: 0 takes the most probable token each time; higher is more surprising.
-        top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
+        top_p: Draw from the most probable tokens that together have this probability.
         top_k: Draw from this many most probable tokens at most.
         repetition_penalty: Above 1, tokens that are there already become less probable.
-        max_seq_len: Context, in tokens: when it is full, the oldest turns are forgotten.
-        max_gen_len: Longest reply, in tokens.
-        dtype: float32, or bfloat16 for half the memory.
-        quantize: int8 or int4, for a quarter or a sixth of the memory.
-        seed: Any whole number: the same seed draws the same tokens.
+        seed: The same seed gives the same text on the same machine.
+        max_gen_len: Longest reply, in tokens. Default: half of the context.
+        max_seq_len: Context, in tokens. When it is full, the oldest turns are forgotten.
+        prompt_lookup: Most tokens to guess from the context for one pass; faster where text
+            repeats itself; 0 turns it off.
         threads: Default: as many as there are cores for this program.
-        verbose: Say how the model lies in memory and is computed.
+        verbose: Report the model's size and the number of threads.
+
+    Examples:
+        python example-chat.py
+        python example-chat.py --ckpt_dir model/TinyLlama --quantize int8 --style zephyr
     """
-    require(style in STYLES, "style", ", ".join(STYLES), style)
-    sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
-    llama = open_model(ckpt_dir, tokenizer_path, max_seq_len, 1, dtype, quantize, threads, verbose)
-    chat = Chat(llama, STYLES[style], system, sampling)
-    lines = read_lines()
-    while (line := from_first(next, lines, None)) is not None:
-        if line == "/exit":
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    cli.set_threads(threads)
+    max_gen_len = max(max_seq_len // 2, 1) if max_gen_len is None else max_gen_len
+    sampling = llama.Sampling(
+        max_gen_len, temperature, top_p, top_k, repetition_penalty, seed, prompt_lookup
+    )
+    folder, tokenizer = cli.find_model(ckpt_dir, tokenizer_path)
+    model = llama.load(folder, tokenizer, max_seq_len, 1, quantize)
+    cli.tune_threads(model, threads, verbose)
+    style = style or model.chat_style
+    check(style in STYLES, "style", " or ".join(STYLES), style)
+    chat = llama.Chat(model, STYLES[style], system, sampling)
+    if terminal.is_interactive():
+        terminal.notice(
+            f"{folder.name}, {model.weight_bytes / 1e6:,.0f} MB. /help lists the commands."
+        )
+    converse(chat)
+
+
+def converse(chat: llama.Chat) -> None:
+    """Answer messages until the end of input."""
+    messages = terminal.read_messages()
+    while (message := cli.from_rank0(next, messages, None)) is not None:
+        if message in ("/exit", "/quit", "/bye"):
             return
-        if line == "/reset":
+        if message == "/reset":
             chat.reset()
-            notice("a new conversation")
-        elif line.startswith("/"):
-            notice(HELP if line == "/help" else f"no such command: {line}; /help lists them")
-        elif line.strip():
-            answer(chat, line)
+            terminal.notice("a new conversation")
+        elif message in ("/help", "/?"):
+            terminal.notice(HELP)
+        elif message == "/retry":
+            if last := chat.retry():
+                answer(chat, last)
+            else:
+                terminal.notice("there is no reply yet")
+        elif message.startswith("/"):
+            terminal.notice(f"there is no command {message.split()[0]}: /help lists them")
+        elif message.strip():
+            answer(chat, message)
 
 
-def read_lines() -> Iterator[str]:
-    """The user's lines until the end of input; one that ends in a backslash has several."""
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        try:
-            import readline  # noqa: F401  (input() then has line editing and history)
-        except ImportError:
-            pass
-    text = ""
-    while True:
-        try:
-            text += input(("      > " if text else "prompt> ") if interactive else "")
-        except EOFError:
-            if interactive:
-                print()
-            if text:
-                yield text
-            return
-        text = text.rstrip()  # also of Windows' \r
-        if text.endswith("\\"):
-            text = text[:-1] + "\n"
-        else:
-            yield text
-            text = ""
-
-
-def answer(chat: Chat, line: str) -> None:
+def answer(chat: llama.Chat, message: str) -> None:
+    """Print the reply to a message. In a terminal, Ctrl-C stops it and the talk goes on."""
+    interactive = cli.from_rank0(terminal.is_interactive)
     try:
-        with closing(chat.reply(line)) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except UserError as error:
-        if not from_first(sys.stdin.isatty):
+        with closing(chat.reply(message)) as pieces:
+            terminal.print_reply(pieces)
+    except llama.UserError as error:
+        if not interactive:
             raise
-        notice(str(error))
+        terminal.notice(cli.flagged(str(error)))
         return
     except KeyboardInterrupt:
-        if not sys.stdin.isatty() or place()[1] > 1:  # torchrun stops as a whole
+        if not interactive or torch.distributed.is_initialized():  # torchrun stops all ranks
             raise
     print(flush=True)
-    notice(chat.status())
-
-
-def notice(text: str) -> None:
-    """A line for the user that is none of the model's, dimmed where that is possible."""
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+    terminal.notice(cli.flagged(chat.status()))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

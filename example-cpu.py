@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import Literal
 
-from llama.cli import open_model, peak_memory, run
-from llama.errors import UserError
-from llama.generation import Sampling
-from llama.parallel import from_first
+import llama
+from llama import cli
+
+import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
+
+PROMPT = "I believe the meaning of life is"
+DEMO_PROMPT = "Once upon a time"  # the demo model knows stories and nothing else
 
 
 def main(
@@ -21,68 +23,70 @@ def main(
     top_p: float = 0.95,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    prompt_lookup: int = 8,
     max_seq_len: int = 512,
     max_gen_len: int = 256,
     max_batch_size: int = 32,
-    dtype: str = "float32",
-    quantize: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    quantize: Literal["int8", "int4"] | None = None,
     seed: int | None = None,
     threads: int | None = None,
     verbose: bool = False,
 ) -> None:
-    """Continue each prompt and print it with its continuation.
+    """Continue prompts with a LLaMA model, on the CPU.
+
+    Each prompt is printed with its continuation. Timings and errors go to stderr.
 
     Args:
-        prompts: What to continue; several run as one batch; - is what stdin has.
-        prompt_file: One more prompt, this file as it is, to the last newline.
-        ckpt_dir: Folder of params.json and merged.pth or consolidated.*.pth. Default: ./model
-        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer
+        prompt: A text to continue; several run as one batch; - reads stdin.
+        prompt_file: One more prompt: the text of this file.
+        ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth. Default: ./model,
+            or else the demo model.
+        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer.
+        dtype: float32 is exact; bfloat16 takes half the memory.
+        quantize: Round the weights: int8 takes a quarter of float32's memory, int4 a sixth.
         temperature: 0 takes the most probable token each time; higher is more surprising.
-        top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
+        top_p: Draw from the most probable tokens that together have this probability.
         top_k: Draw from this many most probable tokens at most.
         repetition_penalty: Above 1, tokens that are there already become less probable.
-        max_seq_len: Context, in tokens: prompt and continuation.
+        seed: The same seed gives the same text on the same machine.
         max_gen_len: Longest continuation, in tokens.
-        max_batch_size: Prompts computed at the same time.
-        dtype: float32, or bfloat16 for half the memory.
-        quantize: int8 or int4, for a quarter or a sixth of the memory.
-        seed: Any whole number: the same seed draws the same tokens.
+        max_seq_len: Context, in tokens: prompt and continuation together.
+        max_batch_size: Prompts that are computed at the same time.
+        prompt_lookup: Most tokens to guess from the context for one pass; faster where text
+            repeats itself; 0 turns it off.
         threads: Default: as many as there are cores for this program.
-        verbose: Say how the model lies in memory and is computed.
+        verbose: Report the model's size and the number of threads.
+
+    Examples:
+        python example-cpu.py "Once upon a time"
+        python example-cpu.py --ckpt_dir model/13B --quantize int8 "Simply put, relativity states"
+        python example-cpu.py --prompt_file letter.txt --max_seq_len 2048 --temperature 0
     """
-    sampling = Sampling(max_gen_len, temperature, top_p, top_k, repetition_penalty, seed)
-    texts = from_first(read_prompts, prompts, prompt_file)
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    cli.set_threads(threads)
+    sampling = llama.Sampling(
+        max_gen_len, temperature, top_p, top_k, repetition_penalty, seed, prompt_lookup
+    )
+    texts = cli.from_rank0(cli.read_prompts, prompts, prompt_file)
 
     begin = time.perf_counter()
-    llama = open_model(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype, quantize, threads, verbose
-    )
+    folder, tokenizer = cli.find_model(ckpt_dir, tokenizer_path)
+    model = llama.load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
     load_seconds = time.perf_counter() - begin
+    cli.tune_threads(model, threads, verbose)
+
+    texts = texts or [DEMO_PROMPT if cli.is_demo(folder) else PROMPT]
     if len(texts) == 1:
-        tokens = llama.tokenizer.encode(texts[0], bos=True, eos=False)
-        continued = [llama.stream(tokens, **asdict(sampling))]
+        continued = [model.stream(texts[0], **asdict(sampling))]
     else:
-        continued = [[text] for text in llama.generate(texts, **asdict(sampling))]
+        continued = [[text] for text in model.generate(texts, **asdict(sampling))]
     for pieces in continued:
         for piece in pieces:
             print(piece, end="", flush=True)
         print(f"\n\n{'=' * 34}\n", flush=True)
-    print(f"loaded in {load_seconds:.1f} s, {llama.timings}, {peak_memory()}", file=sys.stderr)
-
-
-def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    if prompt_file is not None:
-        texts.append(read_prompt(Path(prompt_file)))
-    return texts or ["I believe the meaning of life is"]
-
-
-def read_prompt(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()  # \r stays as it is
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file {path} cannot be read as UTF-8 text: {error}") from None
+    print(cli.timing_line(model, load_seconds), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -2,53 +2,63 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
-from llama.checkpoint import find_shards, merge
-from llama.cli import parse_dtype, run
-from llama.errors import UserError, require
-from llama.huggingface import convert_folder
-from llama.quantize import check_quantize
+from llama import cli
+from llama.checkpoint import find_shards
+from llama.errors import UserError
+from llama.merge import open_shards, write_merged
 
-SIZES = ("7B", "13B", "30B", "34B", "65B", "70B")
+import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
 
 def main(
     *,
-    model_size: str | None = None,
+    model_size: Literal["7B", "13B", "30B", "34B", "65B", "70B"] | None = None,
     input_dir: str = "model",
     output_dir: str = ".",
-    dtype: str | None = None,
-    quantize: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Merge INPUT_DIR/MODEL_SIZE/consolidated.*.pth into OUTPUT_DIR/merged.pth.
 
-    Without MODEL_SIZE the weights are in INPUT_DIR itself. Where there is a config.json, they are
-    Hugging Face's, and params.json and tokenizer.model are written too.
+    A Hugging Face folder (config.json, tokenizer.model and weights) is converted to Meta's format.
 
     Args:
-        model_size: 7B, 13B, 30B, 34B, 65B or 70B.
-        input_dir: The folder that holds a folder of that name, or the weights.
-        output_dir: Where merged.pth goes.
-        dtype: float32 or bfloat16, to convert. Default: as the shards are
-        quantize: int8 or int4, so that loading reads a half or a quarter as much.
-        overwrite: Replace what is there already.
+        model_size: Name of the folder in INPUT_DIR. Default: the weights are in INPUT_DIR itself.
+        input_dir: Where the weights, or folders of weights, are.
+        output_dir: Where merged.pth is written.
+        dtype: Convert the weights. Default: keep their dtype.
+        quantize: Round the weights, so that loading reads a half or a quarter of the bytes.
+        overwrite: Replace files that exist.
+
+    Examples:
+        python merge-weights.py --model_size 13B --output_dir model/13B
+        python merge-weights.py --input_dir TinyLlama-1.1B-Chat-v1.0 --output_dir model
+        python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
     """
-    require(model_size in (None, *SIZES), "model_size", ", ".join(SIZES), model_size)
-    check_quantize(quantize)
-    folder = Path(input_dir, model_size or "")
-    foreign = (folder / "config.json").exists()
-    if not foreign and not find_shards(folder):
+    source, target = Path(input_dir, model_size or ""), Path(output_dir)
+    if find_shards(source):
+        tokenizer = cli.find_tokenizer(source) if quantize else None
+        # params.json goes along, but not into the current directory.
+        checkpoint = open_shards(source, target.resolve() != Path.cwd(), tokenizer)
+    elif (source / "config.json").exists():
+        from llama.huggingface import open_folder
+
+        checkpoint = open_folder(source)
+    else:
         raise UserError(
-            f"{folder} has neither consolidated.*.pth nor a config.json: "
-            "name the folder that has the weights with --input_dir and --model_size"
+            f"{source} has no consolidated.*.pth and no config.json: set `input_dir` and "
+            "`model_size` to the directory of the weights"
         )
-    write = convert_folder if foreign else merge
-    to = None if dtype is None else parse_dtype(dtype)
-    target = write(folder, Path(output_dir), to, quantize, overwrite)
-    params = Path(output_dir if foreign else folder, "params.json")
-    print(f"wrote {target}: it runs beside {params}", file=sys.stderr)
+    kind = None if dtype is None else getattr(torch, dtype)
+    merged = write_merged(checkpoint, target, kind, quantize, overwrite)
+    if (target / "params.json").exists():
+        print(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}", file=sys.stderr)
+    else:
+        print(f"wrote {merged}. Move it to its params.json, {source}, to run it", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

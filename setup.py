@@ -1,11 +1,11 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="llama-cpu",
-    version="1.0.0",
+    version="1.1.0",
     description="Inference of Meta's LLaMA models on a CPU, in plain PyTorch",
     license="GPL-3.0-only",
-    packages=["llama"],
+    packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.13,<3",

@@ -1,30 +1,50 @@
-"""Inference of Meta's LLaMA models on a CPU, in plain PyTorch."""
+"""Inference of Meta's LLaMA models on a CPU, in plain PyTorch.
+
+    import llama
+
+    model = llama.load("model/demo")
+    print(model.generate("Once upon a time", max_gen_len=64)[0])
+
+Importing this package sets environment variables that PyTorch reads when it is imported:
+THP_MEM_ALLOC_ENABLE, GOMP_SPINCOUNT and KMP_BLOCKTIME, unless they are set already.
+"""
 
 import os
+import sys
 import warnings
 
-# PyTorch reads this once: memory in pages of 2 MB is faster to get, and to read.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# OpenMP's threads spin where they wait for one another. Without a bound, one that has no core, since
-# other programs are busy, makes all others wait for a whole time slice at every matrix.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB: faster to allocate and to read
+# OpenMP's threads spin while they wait for one another. Without a bound, one thread that has no
+# core, because other programs are busy, stops all others for a time slice at every matrix.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # GNU's runtime: Linux
-    os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's, in ms: macOS
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which nothing here needs
-# That PyTorch will do away with FBGEMM's some day is nothing to tell at each start.
-warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # GNU's OpenMP: Linux
+    os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's, in milliseconds: macOS
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # not needed here
 
 try:
     import torch
 
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
-        raise SystemExit(f"error: PyTorch is {torch.__version__}: pip install 'torch>=2.13,<3'")
+        sys.exit(f"error: this is PyTorch {torch.__version__}: pip install 'torch>=2.13,<3'")
+    from .chat import STYLES, Chat
     from .checkpoint import load
     from .errors import UserError
     from .generation import LLaMA
     from .model import ModelArgs, Transformer
+    from .sampling import Sampling
     from .tokenizer import Tokenizer
-except KeyboardInterrupt:  # Ctrl-C while PyTorch is on its way
-    raise SystemExit(130) from None
+except KeyboardInterrupt:  # Ctrl-C while PyTorch is being imported
+    sys.exit(130)
 
-__all__ = ["LLaMA", "ModelArgs", "Tokenizer", "Transformer", "UserError", "load"]
+__version__ = "1.1.0"
+__all__ = [
+    "STYLES",
+    "Chat",
+    "LLaMA",
+    "ModelArgs",
+    "Sampling",
+    "Tokenizer",
+    "Transformer",
+    "UserError",
+    "load",
+]

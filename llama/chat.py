@@ -1,29 +1,29 @@
-"""A conversation that stays in the key-value cache, written as the model was trained to read it."""
+"""A conversation that stays in the key-value cache, in the prompt format of its model."""
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from os.path import commonprefix  # of any sequences, in spite of its place
+from os.path import commonprefix  # works for any sequences
 
 from .errors import UserError
-from .generation import LLaMA, Sampling, Timings
+from .generation import Context, LLaMA, Timings
+from .lookup import PromptLookup
+from .sampling import Sampling, draw_uniforms
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a conversation is written out: where text stands for the reply, the model goes on.
+    """A prompt format: how a conversation is written for the model.
 
-    In first and next, <s> and </s> are the ids that begin and end a sequence, {user} is the user's
-    line and {preamble} what the system text becomes (nothing, where that is empty).
+    In first and next, <s>, </s> and the tokenizer's added tokens stand for their ids, {user} for the
+    user's message and {preamble} for `preamble` with the system text (or nothing, if that is empty).
     """
 
     first: str  # the first turn, up to the reply
-    next: str | None  # each later turn, after the reply before; None: every line stands alone
-    stop: str = "\0"  # begins the user's line, and so ends a reply, as </s> always does
+    next: str | None  # a later turn, after the reply before it; None: messages are independent
+    stop: str = "\0"  # the start of the user's next message, which ends a reply, as </s> does
     preamble: str = "{system}"
-    system: str = ""  # without --system
+    system: str = ""  # the default system text
 
 
 STYLES = {
@@ -41,7 +41,7 @@ STYLES = {
     "llama2": Style(
         first="<s>[INST] {preamble}{user} [/INST]",
         next=" </s><s>[INST] {user} [/INST]",
-        stop="[INST]",
+        stop="\n[INST]",
         preamble="<<SYS>>\n{system}\n<</SYS>>\n\n",
         system="You are a helpful, respectful and honest assistant.",
     ),
@@ -58,135 +58,203 @@ STYLES = {
     "vicuna": Style(
         first="<s>{preamble}USER: {user} ASSISTANT:",
         next="</s>USER: {user} ASSISTANT:",
-        stop="USER:",
+        stop="\nUSER:",
         preamble="{system} ",
         system="A chat between a curious user and an artificial intelligence assistant. The"
         " assistant gives helpful, detailed, and polite answers to the user's questions.",
+    ),
+    # Mistral-Instruct.
+    "mistral": Style(
+        first="<s>[INST] {preamble}{user} [/INST]",
+        next="</s>[INST] {user} [/INST]",
+        stop="\n[INST]",
+        preamble="{system}\n\n",
+    ),
+    # TinyLlama-Chat 1.0 and Zephyr.
+    "zephyr": Style(
+        first="<s>{preamble}<|user|>\n{user}</s>\n<|assistant|>\n",
+        next="</s>\n<|user|>\n{user}</s>\n<|assistant|>\n",
+        stop="\n<|user|>",
+        preamble="<|system|>\n{system}</s>\n",
+    ),
+    # OpenHermes and other fine-tunes of LLaMA and Mistral, with added tokens.
+    "chatml": Style(
+        first="<s>{preamble}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+        next="<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+        stop="\n<|im_start|>",
+        preamble="<|im_start|>system\n{system}<|im_end|>\n",
     ),
 }
 
 
 class Chat:
-    """One conversation: `reply` takes the user's lines, one after another.
+    """One conversation.
 
-    Its tokens are the context's. What comes before the first user's words stays; when the context
-    is full, the oldest turns after that are cut out, also of the cache.
+    When the context is full, the oldest turns are evicted, from the cache too; what precedes the
+    first message stays. Each turn computes only its own tokens.
+
+    Args:
+        llama: The model.
+        style: The prompt format, one of STYLES.
+        system: The system text, in place of the style's. "": none.
+        sampling: How replies are drawn. max_gen_len is that of a reply.
     """
 
     def __init__(self, llama: LLaMA, style: Style, system: str | None, sampling: Sampling):
         self.llama, self.style, self.sampling = llama, style, sampling
         self.limit = llama.model.args.max_seq_len
         self.generator = sampling.generator()
-        self.n_new = 0  # tokens of the last reply
-        text = style.system if system is None else system
-        self.preamble = style.preamble.format(system=text) if text else ""
+        self.system = style.system if system is None else system
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation."""
-        self.context = self.llama.context([], self.limit)
-        self.starts: list[int] = []  # in the context: where the user's words begin, turn by turn
+        """Begin a new conversation."""
+        cache, lookup = self.llama.model.new_cache(self.limit), self.sampling.prompt_lookup
+        self.context = Context([], cache, PromptLookup(lookup))
+        self.starts: list[int] = []  # of each turn's message, in the context
+        self.message = ""  # of the last turn
+        self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # tokens, turns; of the last reply
 
-    def reply(self, line: str) -> Iterator[str]:
-        """The reply in pieces, as it comes; closed early, the context keeps what was yielded.
+    def reply(self, message: str) -> Iterator[str]:
+        """Yield the reply to a message in pieces. If closed early, the context keeps those pieces.
 
-        Raises UserError, and leaves all as it was, where the line alone overfills the context.
+        Raises:
+            UserError: The message alone is longer than the context. The conversation stays as it is.
         """
-        line = line.strip()
-        self.begin_turn(line)
-        self.llama.timings, self.n_new = Timings(), 0
+        message = message.strip()
+        self.llama.timings = Timings()
+        self.n_new, self.n_evicted, self.is_cut = 0, 0, False
+        self.begin_turn(message)
         stop = self.style.stop
-        text = line if self.style.next is None else ""
-        ends = [len(text)]  # of the text, after as many tokens
-        shown = 0
+        text = message if self.style.next is None else ""
+        n_shown = 0
 
-        def new(end: int) -> str:
-            nonlocal shown
-            begin, shown = shown, end
+        def show(end: int) -> str:
+            nonlocal n_shown
+            begin, n_shown = n_shown, end
             return text[begin:end] if begin else text[:end].lstrip()
 
         try:
             for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
-                ends.append(len(text))
-                yield new(len(certain(text, stop)))
+                yield show(len(printable(text, stop)))
                 if stop in text:
                     return
-            yield new(len(text.rstrip()))
+            self.is_cut = self.n_new == self.sampling.max_gen_len
+            yield show(len(printable(text, stop) if self.is_cut else text.rstrip()))
         finally:
-            self.cut_reply(text[:shown], ends)
+            self.remove_tail(text[n_shown:])
 
-    def begin_turn(self, line: str) -> None:
-        """Append the user's words and what leads to the reply, with room for one token more."""
+    def retry(self) -> str:
+        """Remove the last turn from the context. Returns its message, to be sent again, or ""."""
+        message, self.message = self.message, ""
+        if message:
+            self.starts.pop()
+            self.truncate(self.turn_start if self.starts else 0)
+        return message
+
+    def begin_turn(self, message: str) -> None:
+        """Append the message and what leads to the reply, with room for one token more."""
         if self.style.next is None:
             self.reset()
         template = self.style.next if self.starts else self.style.first
-        ids = self.encode(template, line)
-        lead = len(commonprefix([ids, self.encode(template.partition("{user}")[0], line)]))
-        length = len(ids) - lead + (self.starts[0] if self.starts else lead)
+        ids = self.encode(template, message)
+        before = self.encode(template.partition("{user}")[0], message)
+        n_before = len(commonprefix([ids, before]))
+        length = len(ids) - n_before + (self.starts[0] if self.starts else n_before)
         if length >= self.limit:
             raise UserError(
-                f"this line, with what always precedes it, is {length} tokens long and the "
-                f"context {self.limit}: shorten it, or give a --max_seq_len above {length}"
+                f"this message, with what always precedes it, is {length} tokens long and the "
+                f"context {self.limit}: shorten it, or set `max_seq_len` above {length}"
             )
-        self.starts.append(len(self.context.tokens) + lead)
+        self.context.uniforms = draw_uniforms(self.sampling.max_gen_len, self.generator)
+        self.message, self.turn_start = message, len(self.context.tokens)
+        self.starts.append(self.turn_start + n_before)
         self.context.tokens += ids
         while len(self.context.tokens) >= self.limit:
-            self.forget()
+            self.evict()
 
-    def encode(self, template: str, line: str) -> list[int]:
+    def encode(self, template: str, message: str) -> list[int]:
+        """The ids of a template. What looks like a special token in the message is only text."""
         tokenizer = self.llama.tokenizer
-        special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id}
+        special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id} | tokenizer.added_tokens
+        template = template.replace("{preamble}", self.style.preamble if self.system else "")
         ids: list[int] = []
-        for part in re.split("(</?s>)", template):
+        for part in re.split("(" + "|".join(map(re.escape, special)) + ")", template):
             if part in special:
                 ids.append(special[part])
             elif part:
-                text = part.format(preamble=self.preamble, user=line)
-                # After a special id a text begins; otherwise it goes on with the reply.
-                ids += tokenizer.encode(text, bos=False, eos=False, within=not ids)
+                starts_text = bool(ids) and ids[-1] in (tokenizer.bos_id, tokenizer.eos_id)
+                text = part.format(system=self.system, user=message)
+                ids += tokenizer.encode_plain(text, within=not starts_text)
         return ids
 
     def new_tokens(self) -> Iterator[int]:
-        steps = self.llama.extend([self.context], self.sampling, self.generator)
-        for token in chain.from_iterable(steps):
-            self.n_new += 1
-            yield token
+        """Generate the reply's tokens. If closed early, the context has those that were yielded."""
+        for tokens in self.llama.extend([self.context], self.sampling):
+            n_read = 0
+            try:
+                for n_read, token in enumerate(tokens, 1):
+                    self.n_new += 1
+                    yield token
+            finally:
+                self.truncate(len(self.context.tokens) - (len(tokens) - n_read))
             if len(self.context.tokens) >= self.limit:
-                self.forget()
+                self.evict()
 
-    def forget(self) -> None:
-        """Cut out the oldest turn or, where there is one alone, the older half of that."""
+    def truncate(self, length: int) -> None:
+        """Keep the first tokens of the context."""
+        context = self.context
+        if length < len(context.tokens):
+            del context.tokens[length:]
+            context.n_cached = min(context.n_cached, length)
+            context.lookup.reset()
+
+    def evict(self) -> None:
+        """Remove the oldest turn or, if there is only one, the older half of it."""
         context, start, n_cached = self.context, self.starts[0], self.context.n_cached
         middle = start + (len(context.tokens) - start + 1) // 2
         end = self.starts[1] if len(self.starts) > 1 else middle
+        self.n_evicted += len(self.starts) > 1
         context.n_cached = min(start, n_cached)  # true at each moment: Ctrl-C may come in between
         del context.tokens[start:end]
+        context.lookup.reset()
         self.starts = [start] + [later - (end - start) for later in self.starts[2:]]
+        self.turn_start = max(self.turn_start - (end - start), start)
         if n_cached > end:
-            self.llama.model.drop(context.cache, start, end, n_cached)
+            self.llama.model.evict(context.cache, start, end, n_cached)
             context.n_cached = n_cached - (end - start)
 
-    def cut_reply(self, kept: str, ends: list[int]) -> None:
-        """Leave of the reply's tokens those that make the text that is kept."""
-        n, rest = bisect_left(ends, len(kept)), ""
-        if n < len(ends) and ends[n] > len(kept):  # the text ends inside a token
-            n, rest = n - 1, kept[ends[n - 1] :]
-        context = self.context
-        n_cut = max(self.n_new - n, 0)
-        del context.tokens[max(self.starts[-1], len(context.tokens) - n_cut) :]
-        context.n_cached = min(context.n_cached, len(context.tokens))
-        context.tokens += self.llama.tokenizer.encode(rest, bos=False, eos=False, within=True)
+    def remove_tail(self, tail: str) -> None:
+        """Remove a text from the end of the context, whose last tokens it may share with others."""
+        tokenizer, tokens, n = self.llama.tokenizer, self.context.tokens, 0
+        while tail and n < self.n_new:
+            n += 1
+            text = "".join(tokenizer.decode_stream(tokens[-n:], within=True))
+            if text.endswith(tail):
+                self.truncate(len(tokens) - n)
+                tokens += tokenizer.encode_plain(text[: -len(tail)], within=True)
+                return
 
     def status(self) -> str:
-        """The last reply's length and speed, and how much of the context is used."""
+        """The last reply's length and speed, how much of the context is used, and what was cut."""
         tokens = "1 token" if self.n_new == 1 else f"{self.n_new} tokens"
         used = f"context {len(self.context.tokens)}/{self.limit}"
-        return f"{tokens}, {self.llama.timings.new_rate:.1f} tokens/s, {used}"
+        parts = [tokens, f"{self.llama.timings.new_rate:.1f} tokens/s", used]
+        if self.is_cut:
+            parts.append(f"stopped at `max_gen_len={self.sampling.max_gen_len}`")
+        if self.n_evicted:
+            turns = "turn was" if self.n_evicted == 1 else f"{self.n_evicted} turns were"
+            parts.append(f"the oldest {turns} forgotten")
+        return ", ".join(parts)
 
 
-def certain(text: str, stop: str) -> str:
-    """What of a reply may be shown: up to a stop, no part of one, no space that may be last."""
+def printable(text: str, stop: str) -> str:
+    """The part of a reply that is safe to print.
+
+    It is everything before a stop string, or before what may be its beginning, without spaces at
+    the end.
+    """
     reply, stopped, _ = text.partition(stop)
     held = () if stopped else (n for n in range(len(stop)) if reply.endswith(stop[:n]))
     return reply[: len(reply) - max(held, default=0)].rstrip()

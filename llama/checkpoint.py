@@ -1,60 +1,34 @@
-"""Checkpoints: finding them, loading them in their final form, merging their shards."""
+"""Loading a checkpoint: find its files, check them, build the model with its final weights."""
 
-import ctypes
-import os
-import shutil
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import system
-from .errors import UserError, require
+from .errors import UserError, check
 from .generation import LLaMA
-from .linear import mixed
+from .linear import fast_linear
 from .model import ModelArgs, Transformer
-from .parallel import connect, place
-from .params import LARGEST, read_params
-from .quantize import (
-    VERSION,
-    WRITERS,
-    check_quantize,
-    form_of,
-    form_there,
-    norm_before,
-    turned,
-    use_forms,
-)
-from .stored import Stored, Weight, read_index
+from .params import LARGEST, read_params, to_model_args
+from .system import available_memory, without_holes
 from .tokenizer import Tokenizer
-from .tune import tune
+from .weights import FORMAT, Weight, is_quantized, open_checkpoint
 
-SPLIT_DIM = {  # the dimension on which Meta's shards divide a weight of shape (out, in)
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
-    "tok_embeddings": 1,
-}
-OUTPUTS = ("params.json", "tokenizer.model", "merged.pth")  # what a merge may write
-FORMAT = "quantized.format"  # one number, beside quantized weights
-# In files, and not in the model, which computes its rotary angles. Meta's 7B has them per layer.
-UNUSED = ("rope.freqs", "rotary_emb.inv_freq", FORMAT)
-WORKING = 3 * 10**8  # bytes of memory for what is neither weights nor cache
+VERSION = 2  # of the format of quantized checkpoints
+SCHEMES = ("int8", "int4")
+WORKING_MEMORY = 3 * 10**8  # bytes for what is neither weights nor cache
 
 
-def find_files(ckpt_dir: Path) -> list[Path]:
-    """merged.pth where there is one, otherwise all shards in their order."""
-    merged = ckpt_dir / "merged.pth"
-    return [merged] if merged.exists() else find_shards(ckpt_dir)
+def find_files(folder: Path) -> list[Path]:
+    """merged.pth if there is one, otherwise all shards in their order."""
+    merged = folder / "merged.pth"
+    return [merged] if merged.exists() else find_shards(folder)
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -62,347 +36,240 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def check_files(folder: Path, paths: list[Path]) -> list[Path]:
-    """The paths, if there are any and none is missing between them."""
+    """Return the paths if there are any, and none is missing between them."""
+    if not folder.is_dir():
+        siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        names = (path.name for path in siblings if find_files(path))
+        found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
+        found = f" (found: {', '.join(found)})" if found else ""
+        raise UserError(f"there is no directory {folder}{found}: set `ckpt_dir` to another one")
     if not paths:
-        there = "has no consolidated.*.pth and no merged.pth" if folder.is_dir() else "is no folder"
-        remedy = "name the folder that has the weights with --ckpt_dir"
+        remedy = "set `ckpt_dir` to the directory of the weights"
         if (folder / "config.json").exists():
-            remedy = f"convert it first, merge-weights.py --input_dir {folder}"
-        raise UserError(f"{folder} {there}: {remedy}")
+            remedy = f"convert it first: python merge-weights.py --input_dir {folder}"
+        raise UserError(f"{folder} has no consolidated.*.pth and no merged.pth: {remedy}")
     for number, path in enumerate(paths):
         if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
-            raise UserError(f"{path} is there without consolidated.{number:02}.pth: get all shards")
+            raise UserError(f"{path} exists, but consolidated.{number:02}.pth is missing")
     return paths
 
 
-def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
-    """Every weight that the files, shards of one model, hold together."""
-    shards = [read_index(path) for path in paths]
-    kinds = [{(s.name, s.shape, s.dtype) for s in shard.values()} for shard in shards]
-    for path, kind in zip(paths, kinds):
-        for name, *_ in kind ^ kinds[0]:
-            raise UserError(f"{path} and {paths[0]} are not of one model: {name} differs")
-    norms = [shard["norm.weight"] for shard in shards if "norm.weight" in shard]
-    first, *others = [norm.rows(slice(0, norm.shape[0])).float() for norm in norms] or [None]
-    for path, other in zip(paths[1:], others):  # in every shard it should be the same
-        if (other - first).norm() > 0.1 * first.norm():
-            raise UserError(f"{path} and {paths[0]} are of different models: get them all again")
-    weights = {}
-    for name in shards[0]:
-        pieces = [shard[name] for shard in shards]
-        dim = SPLIT_DIM.get(name.split(".")[-2]) if len(pieces[0].shape) > 1 else None
-        weights[name] = Weight(pieces[:1], 0) if dim is None else Weight(pieces, dim)
-    return weights
-
-
-def check_fit(weights: dict[str, Weight], args: ModelArgs, ckpt_dir: Path) -> None:
-    """Refuse weights that are not, one by one, those of the model that params.json asks for."""
-
-    def describe(tensor: Weight | Tensor | None) -> str:
-        if tensor is None:
-            return "not there"
-        kind = "float" if tensor.dtype.is_floating_point else str(tensor.dtype)
-        return f"{kind} {tuple(tensor.shape)}"
-
-    # One layer too many tells as much as all that are too many, and is built sooner.
-    there = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-    n_layers = min(args.n_layers, len(there) + 1)
-    with torch.device("meta"):
-        expected = Transformer(replace(args, max_seq_len=1, n_layers=n_layers)).state_dict()
-        for name, tensor in list(expected.items()):
-            stem = name.removesuffix("weight")
-            form = form_there(stem, weights)
-            if form and tensor.dim() == 2:
-                expected |= form(*tensor.shape).state_dict(prefix=stem)
-    for name in (*expected, *(name for name in weights if not name.endswith(UNUSED))):
+def check_weights(weights: dict[str, Weight], args: ModelArgs, folder: Path) -> None:
+    """Refuse weights that are not exactly those of the model that params.json describes."""
+    layers = {int(m[1]) for name in weights if (m := re.match(r"layers\.(\d{1,4})\.", name))}
+    if layers and len(layers) != args.n_layers:
+        raise UserError(
+            f"{folder}: params.json says n_layers {args.n_layers}, and the weights have "
+            f"{len(layers)} layers: they are of different models"
+        )
+    if is_quantized(weights):
+        version = weights[FORMAT].read(torch.uint8).tolist() if FORMAT in weights else [1]
+        if version != [VERSION]:
+            raise UserError(
+                f"{folder}: the weights were quantized by another version of this program (format "
+                f"{version[0]}, not {VERSION}): quantize the original ones again"
+            )
+    expected = empty_model(replace(args, max_seq_len=1), None, weights, whole=True).state_dict()
+    for name in (*expected, *(weights.keys() - {FORMAT})):
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
-                f"{ckpt_dir}: {name} is {found}, and with this params.json and tokenizer should be "
-                f"{wanted}: a shard is missing, or too many, or they are of different models"
+                f"{folder}: {name} is {found}, but by params.json should be {wanted}: "
+                "a file is missing, or they are of different models"
             )
-    version = weights[FORMAT].read(torch.uint8).tolist() if FORMAT in weights else None
-    if is_quantized(weights) and version != [VERSION]:
-        raise UserError(
-            f"{ckpt_dir}: the weights were quantized by another version of this program, and stand "
-            "for other numbers: quantize the original ones again with merge-weights.py"
-        )
+
+
+def describe(tensor: Weight | Tensor | None) -> str:
+    if tensor is None:
+        return "not there"
+    kind = "float" if tensor.dtype.is_floating_point else str(tensor.dtype)
+    return f"{kind} {tuple(tensor.shape)}"
+
+
+def empty_model(
+    args: ModelArgs, scheme: str | None, weights: Mapping[str, Weight], whole: bool = False
+) -> Transformer:
+    """The model on the meta device: quantized as the weights are, or as the scheme will.
+
+    Under torchrun it has the shapes of this rank's parts, unless it is to be whole.
+    """
+    with torch.device("meta"):
+        model = Transformer(args)
+        if torch.distributed.is_initialized() and not whole:
+            from .parallel import shard_model
+
+            shard_model(model)
+        if scheme or is_quantized(weights):
+            from .quantization import calibration
+
+            classes = calibration.classes_in(weights, model)
+            if scheme:
+                classes = calibration.classes_for(model, scheme)
+            calibration.swap_modules(model, classes)
+    return model
 
 
 def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | None) -> None:
-    """Refuse what this process has no memory for, and name the flags with which it would."""
-    free = system.available_memory()
+    """Refuse a model that does not fit in memory, and name the parameters with which it would."""
+    free, default = available_memory(), torch.get_default_dtype()
 
-    def need(dtype: torch.dtype, quantize: str | None, length: int = args.max_seq_len) -> int:
+    def need(dtype: torch.dtype, scheme: str | None, length: int = args.max_seq_len) -> int:
+        state = empty_model(replace(args, max_seq_len=1), scheme, weights).state_dict().items()
+        sizes = {
+            k: t.numel() * (dtype if t.dtype == default else t.dtype).itemsize for k, t in state
+        }
         cache = 2 * args.n_layers * args.n_kv_heads * args.head_dim * length
-        state = layout(weights, dtype, quantize)
-        # PyTorch's 4-bit operator takes a group's step and low in bf16, not int8.
-        n_bytes = sum(t.nbytes * (2 if k.endswith(".groups") else 1) for k, t in state.items())
-        # One matrix after another is turned whole, in fp32, before there is a cache.
-        sizes = [w.shape.numel() for k, w in weights.items() if k.split(".")[-2] in WRITERS]
-        turning = 4 * max(sizes) if quantize else 0
-        return n_bytes + max(cache * cache_dtype(state, dtype).itemsize, turning) + WORKING
+        quantized = scheme or is_quantized(weights)
+        cache *= (torch.float16 if quantized else dtype).itemsize
+        if torch.distributed.is_initialized():
+            cache //= min(torch.distributed.get_world_size(), args.n_kv_heads)
+        # One matrix after another is quantized in fp32, before there is a cache.
+        largest = max(w.shape.numel() for w in weights.values()) * 4 if scheme else 0
+        return sum(sizes.values()) + max(cache, largest) + WORKING_MEMORY
 
-    dtype = torch.get_default_dtype()
-    if need(dtype, quantize) <= free:
+    needed = need(default, quantize)
+    if needed <= free:
         return
     smaller = {
-        "--dtype bfloat16": (torch.bfloat16, quantize),
-        "--quantize int8": (dtype, "int8"),
-        "--quantize int4": (dtype, "int4"),
+        "`dtype=bfloat16`": (torch.bfloat16, quantize),
+        "`quantize=int8`": (default, "int8"),
+        "`quantize=int4`": (default, "int4"),
     }
     if is_quantized(weights):
         smaller = {}
-    fits = [flag for flag, how in smaller.items() if need(*how) <= free]
+    fits = [name for name, options in smaller.items() if need(*options) <= free]
     halves = (args.max_seq_len >> n for n in range(1, args.max_seq_len.bit_length() - 5))
-    fits += [f"--max_seq_len {n}" for n in halves if need(dtype, quantize, n) <= free][:1]
-    remedy = "give " + " or ".join(fits) if fits else "close programs, or take a smaller model"
+    fits += [f"`max_seq_len={n}`" for n in halves if need(default, quantize, n) <= free][:1]
+    remedy = "use " + " or ".join(fits) if fits else "close programs, or use a smaller model"
     raise UserError(
-        f"the model takes {need(dtype, quantize) / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
-        f"are free: {remedy}"
+        f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {remedy}"
     )
-
-
-def cache_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Of keys and values, beside weights in that state: fp16's 11 bits where those have 8 or 4."""
-    return torch.float16 if is_quantized(state) else dtype
-
-
-def is_quantized(weights: Mapping[str, Weight | Tensor]) -> bool:
-    return not all(weight.dtype.is_floating_point for weight in weights.values())
-
-
-def share(name: str, weight: Weight, rank: int, world: int) -> Weight:
-    """What a rank has of a weight: an equal part, or all of it where Meta's shards have all."""
-    dim = SPLIT_DIM.get(name.split(".")[-2])
-    if world == 1 or dim is None or dim >= len(weight.shape):
-        return weight
-    quantized_w2 = name.endswith("w2.weight") and weight.dtype == torch.int8
-    if weight.shape[dim] % (world * (mixed(weight.shape[dim]) if quantized_w2 else 1)):
-        shape = tuple(weight.shape)
-        raise UserError(f"{world} ranks cannot share {name} of shape {shape} alike: start fewer")
-    return weight.part(rank, world)
-
-
-def layout(
-    weights: dict[str, Weight], dtype: torch.dtype | None, quantize: str | None
-) -> dict[str, Tensor]:
-    """What `fill` will make of the weights: names, shapes and types, on the meta device."""
-    if quantize and is_quantized(weights):
-        raise UserError("the weights are quantized already: leave out --quantize")
-    state = {}
-    with torch.device("meta"):
-        for name, weight in weights.items():
-            if form := form_of(name, weight.shape, quantize):
-                state |= form(*weight.shape).state_dict(prefix=name.removesuffix("weight"))
-            else:  # what quantized weights consist of stays as it is
-                converts = dtype and name.endswith(".weight") and weight.dtype.is_floating_point
-                state[name] = torch.empty(weight.shape, dtype=dtype if converts else weight.dtype)
-    return state
-
-
-def allocate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
-
-
-def fill(
-    state: dict[str, Tensor],
-    name: str,
-    weights: dict[str, Weight],
-    quantize: str | None,
-    rank: int = 0,
-    world: int = 1,
-) -> None:
-    """Read a weight, or a rank's share of it, into those tensors of the state that hold it."""
-    weight = share(name, weights[name], rank, world)
-    form = form_of(name, weight.shape, quantize)
-    if quantize and name.endswith("norm.weight"):  # its gain is in the matrices that follow
-        state[name].fill_(1)
-    elif not form:
-        weight.copy_to(state[name])
-    else:
-        whole_rows = name.startswith("tok_embeddings")  # which R turns, before they are divided
-        source = weights[name] if whole_rows else weight
-        norm = norm_before(name)
-        gain = weights[norm].read(torch.float32) if norm else None
-        for start, block in turned(name, source, gain):
-            for key, part in form.quantize(block).items():
-                if whole_rows and part.dim() == 2:
-                    part = part.chunk(world, 1)[rank]
-                state[name.removesuffix("weight") + key][start : start + len(part)] = part
 
 
 def load(
     ckpt_dir: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None = None,
     max_seq_len: int = 512,
     max_batch_size: int = 32,
     quantize: str | None = None,
 ) -> LLaMA:
-    """The model in ckpt_dir, in the default dtype, with its tokenizer."""
-    require(0 < max_seq_len <= LARGEST, "max_seq_len", f"1 to {LARGEST} tokens", max_seq_len)
-    require(0 < max_batch_size <= LARGEST, "max_batch_size", "1 prompt or more", max_batch_size)
-    check_quantize(quantize)
-    ckpt_dir = Path(ckpt_dir)
-    paths = check_files(ckpt_dir, find_files(ckpt_dir))
-    tokenizer = Tokenizer(tokenizer_path)
-    args = read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
-    weights = open_checkpoint(paths)
-    check_fit(weights, args, ckpt_dir)
-    weights = {name: w for name, w in weights.items() if not name.endswith(UNUSED)}
-    dtype = torch.get_default_dtype()
-    rank, world = place()
-    if args.n_heads % world or args.n_kv_heads % world:
-        heads = f"{args.n_heads} heads, {args.n_kv_heads} of keys and values"
-        raise UserError(f"{world} ranks cannot share {heads}: start a number that divides both")
-    shares = {name: share(name, weight, rank, world) for name, weight in weights.items()}
-    check_memory(shares, args, quantize)
-    model = build(args, layout(shares, dtype, quantize))
-    state = model.state_dict()
-    total = sum(weight.n_bytes for weight in shares.values())
-    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name, weight in shares.items():
-            fill(state, name, weights, quantize, rank, world)
-            bar.update(weight.n_bytes)
-    del state  # what `tune` packs anew is to be let go
-    if world > 1:
-        connect(model)
-    return LLaMA(model.eval(), tokenizer, tune(model))
+    """Load a model and its tokenizer. Weights and activations have torch's default dtype.
 
+    Under torchrun every rank loads its part.
 
-def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
-    """A model that holds tensors such as those of the state, which are on the meta device."""
-    with torch.device("meta"):
-        model = Transformer(args)
-        use_forms(model, state)
-    model.cache_dtype = cache_dtype(state, torch.get_default_dtype())
-    # All at once: what is allocated among a load's many short-lived blocks would leave holes.
-    model.load_state_dict(allocate(state), assign=True)
-    return model
-
-
-def merge(
-    input_dir: Path,
-    output_dir: Path,
-    dtype: torch.dtype | None = None,
-    quantize: str | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write the shards in input_dir as one output_dir/merged.pth."""
-    paths = check_files(input_dir, find_shards(input_dir))
-    weights = open_checkpoint(paths)
-    if quantize or (input_dir / "params.json").exists():
-        embeddings = weights.get("tok_embeddings.weight")
-        args = read_params(input_dir, embeddings.shape[0] if embeddings else 1, 1, 1)
-        check_fit(weights, args, input_dir)
-    return write_merged(weights, {}, output_dir, dtype, quantize, overwrite)
-
-
-def write_merged(
-    weights: dict[str, Weight],
-    beside: Mapping[str, bytes],
-    output_dir: Path,
-    dtype: torch.dtype | None,
-    quantize: str | None,
-    overwrite: bool,
-) -> Path:
-    """Write the weights as one output_dir/merged.pth, and the files that go beside it.
-
-    When all are whole and on the disk they are renamed to what they are called, merged.pth last.
+    Args:
+        ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth.
+        tokenizer_path: A sentencepiece model. Default: tokenizer.model in ckpt_dir.
+        max_seq_len: Tokens of context, prompt and continuation together.
+        max_batch_size: Prompts that are computed at the same time.
+        quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: as they are stored.
+    Returns:
+        The model, ready for `generate` and `stream`.
+    Raises:
+        UserError: A file is missing, damaged or of another model, or there is too little memory.
     """
-    contents = {output_dir / name: content for name, content in beside.items()}
-    merged = output_dir / "merged.pth"
-    paths = [*(path for path, new in contents.items() if not same(path, new)), merged]
+    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        good = type(value) is int and 0 < value <= LARGEST
+        check(good, name, f"an integer from 1 to {LARGEST}", value)
+    check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
+    folder = Path(ckpt_dir)
+    paths = check_files(folder, find_files(folder))
+    params = read_params(folder / "params.json")
+    tokenizer = Tokenizer(
+        tokenizer_path or folder / "tokenizer.model",
+        params.get("added_tokens"),
+        params.get("eos_token_id", ()),
+    )
+    weights = open_checkpoint(paths)
+    args = model_args(params, weights, tokenizer, folder)
+    args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    check_context(params, max_seq_len)
+    check_weights(weights, args, folder)
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    weights.pop(FORMAT, None)
+    if torch.distributed.is_initialized():
+        from .parallel import shard_weights
 
-    def check_paths() -> None:
-        if output_dir.exists() and not output_dir.is_dir():
-            raise UserError(f"{output_dir} is no folder: name one with --output_dir")
-        for path in paths:
-            if path.is_dir() or os.path.lexists(path) and not overwrite:
-                remedy = "" if path.is_dir() else ", or give --overwrite"
-                raise UserError(f"{path} exists: move it away{remedy}")
-
-    check_paths()
-    state = layout(weights, dtype, quantize)
-    total = sum(tensor.nbytes for tensor in state.values())
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # What killed runs have left makes room, where the system tells how much it takes.
-    left = [path for name in OUTPUTS for path in output_dir.glob(f".{name}.*.partial")]
-    freed = sum(512 * getattr(path.stat(), "st_blocks", 0) for path in left)
-    free = shutil.disk_usage(output_dir).free + freed
-    if free < total:
-        raise UserError(f"{merged} needs {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-    for path in left:
-        path.unlink(missing_ok=True)
-
-    run = os.urandom(4).hex()
-    partials = {path: path.with_name(f".{path.name}.{run}.partial") for path in paths}
-    try:
-        for path, partial in partials.items():
-            partial.write_bytes(contents.get(path, b""))  # PyTorch tells less well what hinders it
-        write_weights(partials[merged], weights, state, dtype, quantize)
-        for partial in partials.values():
-            with partial.open("r+b") as file:
-                os.fsync(file.fileno())
-        check_paths()
-        if len(paths) > 1:  # rather no weights for a moment than these beside other params.json
-            merged.unlink(missing_ok=True)
-        for path, partial in partials.items():
-            partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(partial)
-        raise
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-    return merged
+        weights = shard_weights(weights, args)
+    if quantize and is_quantized(weights):
+        raise UserError("the weights are quantized already: leave out `quantize`")
+    check_memory(weights, args, quantize)
+    model = build(args, weights, quantize, tokenizer)
+    if stamps != [path.stat().st_mtime_ns for path in paths]:
+        raise UserError(f"a file in {folder} was written to while it was read: try again")
+    return LLaMA(model.eval(), tokenizer, params.get("chat_style", "dialog"))
 
 
-def same(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+def model_args(
+    params: dict[str, Any], weights: dict[str, Weight], tokenizer: Tokenizer | None, folder: Path
+) -> ModelArgs:
+    """The model's shape. Its vocabulary is as large as the embedding, if params.json says -1."""
+    embedding = weights.get("tok_embeddings.weight")
+    if embedding is None:
+        raise UserError(f"{folder}: there is no tok_embeddings.weight: a file is missing")
+    args = to_model_args(params, folder / "params.json", embedding.shape[0])
+    if tokenizer and args.vocab_size < tokenizer.n_words:
+        raise UserError(
+            f"{folder}: vocab_size is {args.vocab_size}, and the tokenizer's "
+            f"{tokenizer.n_words}: it is another model's"
+        )
+    return args
 
 
-def write_weights(
-    path: Path,
-    weights: dict[str, Weight],
-    state: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    quantize: str | None,
-) -> None:
-    """Make `path` a checkpoint of the state that `layout` says the weights become."""
-    places = reserve(path, state)
-    total = sum(tensor.nbytes for tensor in state.values())
-    with (
-        path.open("r+b") as file,
-        tqdm(desc="merging", total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for weight_name, weight in weights.items():
-            part = allocate(layout({weight_name: weight}, dtype, quantize))
-            fill(part, weight_name, weights, quantize)
-            for name, tensor in part.items():
-                file.seek(places[name].offset)
-                file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-                bar.update(tensor.nbytes)
-            if not path.exists():
-                raise UserError(f"{path.parent}: another run merges into it: let that one finish")
+def check_context(params: dict[str, Any], max_seq_len: int) -> None:
+    """Refuse or warn about a context that is longer than the model's."""
+    if max_seq_len > params.get("sliding_window", LARGEST):
+        raise UserError(
+            f"`max_seq_len` must be at most {params['sliding_window']}, the model's sliding_window"
+        )
+    if max_seq_len > (trained := params.get("max_position_embeddings", LARGEST)):
+        warnings.warn(
+            f"the model was trained on {trained} tokens of context, and `max_seq_len` is "
+            f"{max_seq_len}: expect nonsense beyond {trained}",
+            stacklevel=3,
+        )
 
 
-def reserve(path: Path, state: dict[str, Tensor]) -> dict[str, Stored]:
-    """A checkpoint of these tensors with holes where their bytes will be: says where those are.
+def build(
+    args: ModelArgs, weights: dict[str, Weight], scheme: str | None, tokenizer: Tokenizer
+) -> Transformer:
+    """The model with its weights, each read once and converted into its final form."""
+    model = empty_model(args, scheme, weights)
+    if scheme or is_quantized(weights):
+        model.cache_dtype = torch.float16  # 11 bits of precision beside weights of 8 or 4
+    distributed = torch.distributed.is_initialized()
+    total = sum(weight.shape.numel() for weight in weights.values())
+    options = {"unit": " weights", "unit_scale": True, "disable": None}
+    with without_holes(), tqdm(desc="loading", total=total, **options) as bar:
 
-    If they are quantized, it has the version of their format as well.
-    """
-    version = {FORMAT: torch.empty(1, dtype=torch.uint8)} if is_quantized(state) else {}
-    with FakeTensorMode():
-        fakes = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in (version | state).items()}
-    try:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(fakes, path)
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be written ({error}): is the disk full?") from None
-    index = read_index(path)
-    if version:
-        with path.open("r+b") as file:
-            file.seek(index[FORMAT].offset)
-            file.write(bytes([VERSION]))
-    return {name: index[name] for name in state}
+        def deliver(path: str, layer: nn.Module) -> None:
+            layer.prepare()
+            model.set_submodule(path, layer)
+            bar.update(weights[f"{path}.weight"].shape.numel())
+
+        if scheme:
+            from .quantization.calibration import calibrate, calibration_tokens
+
+            tokens = calibration_tokens(tokenizer, args.vocab_size)
+            calibrate(args, weights, scheme, tokens, deliver)
+        for path, module in list(model.named_modules()):
+            state = {} if list(module.children()) else module.state_dict()
+            if not any(tensor.is_meta for tensor in state.values()):
+                continue
+            state = {n: weights[f"{path}.{n}"].read(t.dtype) for n, t in state.items()}
+            bar.update(sum(tensor.numel() for tensor in state.values()))
+            if isinstance(module, nn.Linear):
+                model.set_submodule(path, fast_linear(state["weight"]))
+                continue
+            module.load_state_dict(state, assign=True)
+            if hasattr(module, "prepare"):
+                if distributed:
+                    from .parallel import split_corrections
+
+                    split_corrections(module, path)
+                module.prepare()
+    if distributed:
+        from .parallel import parallelize
+
+        parallelize(model)
+    return model.requires_grad_(False)

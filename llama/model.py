@@ -1,8 +1,7 @@
-"""The LLaMA transformer (arXiv 2302.13971), whole, in the order in which data meets it.
+"""The LLaMA transformer (arXiv 2302.13971), in the order in which data meets it.
 
-Sequences of different lengths are never padded: their tokens lie one after another in one
-(n_tokens, dim) tensor, which every matrix multiplies at once, and only attention, where a token
-must see its own sequence alone, takes the sequences apart.
+Sequences of different lengths are not padded. Their tokens are concatenated into one (n_tokens,
+dim) tensor, which every matrix multiplies at once. Only attention splits it into sequences.
 """
 
 import math
@@ -16,15 +15,17 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 
+FEW = 64  # up to this many tokens attend_few is faster than copying the keys for SDPA
+
 
 @dataclass
 class ModelArgs:
-    """The keys of Meta's params.json, and the limits of one run."""
+    """The keys of Meta's params.json, and the limits of one run (`max_...`)."""
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # fewer: each serves a group of heads (arXiv 2305.13245)
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention (arXiv 2305.13245)
     vocab_size: int = -1
     multiple_of: int = 256
     ffn_dim_multiplier: float = 1.0
@@ -42,7 +43,7 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: 2/3 of 4 dim, and up to a multiple of `multiple_of`."""
+        """Width of the feed-forward layer: 2/3 of 4 dim, rounded up to `multiple_of`."""
         width = int(self.ffn_dim_multiplier * int(2 / 3 * 4 * self.dim))
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
@@ -60,15 +61,15 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
-    """exp(i m theta^(-2j / head_dim)) for positions m < end: complex64 (end, head_dim / 2)."""
+    """exp(i m theta^(-2j / head_dim)) for positions m < end, as complex64 (end, head_dim / 2)."""
     exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
     positions = torch.arange(end, device="cpu", dtype=torch.float32)
-    angles = torch.outer(positions, 1 / theta**exponents)  # rounded as everyone rounds it
+    angles = torch.outer(positions, 1 / theta**exponents)  # rounded as in Meta's code
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Turn each pair (x[2j], x[2j+1]) by its position's angle, in fp32 (arXiv 2104.09864, eq. 34).
+    """Rotate each pair (x[2j], x[2j+1]) by its position's angle, in fp32 (arXiv 2104.09864, eq. 34).
 
     x: (n_tokens, n_heads, head_dim); freqs_cis: (n_tokens, head_dim / 2).
     """
@@ -77,12 +78,12 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 class Segment(NamedTuple):
-    """The part of one sequence that a forward pass computes."""
+    """The tokens of one sequence in a forward pass."""
 
     start_pos: int
     n_tokens: int
-    cache: KVCache | None  # None: nothing came before, nothing comes after
-    mask: Tensor | None  # (n_tokens, start_pos + n_tokens), where is_causal does not say it
+    cache: KVCache | None  # None: no tokens before these, and none after
+    mask: Tensor | None  # (n_tokens, start_pos + n_tokens), if start_pos > 0 and n_tokens > 1
 
 
 class Attention(nn.Module):
@@ -98,38 +99,41 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
         heads = (len(x), -1, self.head_dim)
         xq, xk, xv = self.wq(x).view(heads), self.wk(x).view(heads), self.wv(x).view(heads)
-        turned = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
-        xq, xk = turned[:, : xq.shape[1]], turned[:, xq.shape[1] :]  # (n_tokens, n_heads, head_dim)
+        rotated = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
+        xq, xk = rotated.split([xq.shape[1], xk.shape[1]], 1)  # (n_tokens, n_heads, head_dim)
 
         if len(segments) == 1:
             output = self.attend(xq, xk, xv, segments[0])
         else:
             sizes = [segment.n_tokens for segment in segments]
-            parts = zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
-            output = torch.cat([self.attend(*part) for part in parts])
+            sequences = zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
+            output = torch.cat([self.attend(*sequence) for sequence in sequences])
         return self.wo(output.flatten(-2))
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
-        """What the tokens of one sequence attend to: (n_tokens, n_heads, head_dim), as xq."""
+        """Attention of one sequence's tokens, (n_tokens, n_heads, head_dim) like xq."""
         start_pos, n_tokens, cache, mask = segment
         if cache is not None:
             cache.update(self.layer_id, start_pos, xk, xv)
             if n_tokens == 1:
-                return cache.attend(self.layer_id, xq[0], start_pos + 1)[None]
-        if start_pos == 0:
-            return attention(xq, xk.transpose(0, 1), xv.transpose(0, 1), mask)
-        queries = xq.unflatten(1, (xk.shape[1], -1))  # by the head of keys that serves them
-        parts = [
+                return cache.attend_one(self.layer_id, xq[0], start_pos + 1)[None]
+        if mask is None:
+            return attention(xq, xk.transpose(0, 1), xv.transpose(0, 1))
+        if n_tokens <= FEW:
+            return cache.attend_few(self.layer_id, xq, mask)
+        queries = xq.unflatten(1, (xk.shape[1], -1))  # grouped by the head of keys that they share
+        outputs = [
             attention(queries[:, heads].flatten(1, 2), keys, values, mask)
             for heads, keys, values in cache.read(self.layer_id, start_pos + n_tokens)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(outputs, 1)
 
 
-def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v: (n_tokens, n_heads, head_dim), as xq; causal, or mask.
+def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, (n_tokens, n_heads, head_dim) like xq.
 
     keys, values: (n_kv_heads, start_pos + n_tokens, head_dim), of any dtype.
+    mask: True where a token attends, (n_tokens, start_pos + n_tokens). None: causal.
     """
     output = F.scaled_dot_product_attention(
         xq.transpose(0, 1)[None],
@@ -169,12 +173,22 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The model: token ids in, logits out.
+
+    Args:
+        args: Its shape. Weights are allocated, not initialised: load a state dict of Meta's names.
+
+    Attributes:
+        caches: The key-value caches of the last call of `forward`.
+        cache_dtype: The dtype of new caches.
+    """
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.caches: Sequence[KVCache] = ()
-        self.cache_dtype: torch.dtype | None = None  # None: that of the activations
-        # Not initialised: on the meta device that would import torch._dynamo, which takes a second.
+        self.cache_dtype = torch.get_default_dtype()
+        # nn.Embedding's initialisation imports torch._dynamo on the meta device: a second.
         embeddings = torch.empty(args.vocab_size, args.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
@@ -183,56 +197,49 @@ class Transformer(nn.Module):
         self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
 
     def new_cache(self, length: int) -> KVCache:
-        args, dtype = self.args, self.cache_dtype or self.norm.weight.dtype
-        return KVCache(args.n_layers, args.n_kv_heads, args.head_dim, length, dtype)
+        """An empty cache for one sequence, with space for `length` positions."""
+        args = self.args
+        return KVCache(args.n_layers, args.n_kv_heads, args.head_dim, length, self.cache_dtype)
 
     @torch.inference_mode()
-    def drop(self, cache: KVCache, start: int, end: int, length: int) -> None:
-        """Forget positions start to end; what follows them, up to length, moves up to start.
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        """Logits of the last position of each sequence.
 
-        Attention sees only how far apart positions are (arXiv 2104.09864, eq. 16), so that keys
-        may move when they are turned back by the angle of as many positions.
+        Args:
+            tokens: int64 (bsz, seqlen).
+            start_pos: The position of the first token. 0 begins new sequences; otherwise these
+                tokens continue those of the calls before.
+        Returns:
+            fp32 (bsz, vocab_size).
+        Raises:
+            ValueError: A position is not below `args.max_seq_len`.
         """
-        back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
-        for layer_id in range(self.args.n_layers):
-            for heads, keys, values in cache.read(layer_id, length):
-                keys = apply_rotary_emb(keys[:, end:], back).transpose(0, 1)
-                values = values[:, end:].transpose(0, 1).clone()
-                cache.update(layer_id, start, keys, values, heads)
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        tokens: Tensor | Sequence[Tensor],
-        start_pos: int | Sequence[int],
-        caches: Sequence[KVCache] | None = None,
-    ) -> Tensor:
-        """Logits of each sequence's last position: fp32 (bsz, vocab_size).
-
-        tokens: int64 (bsz, seqlen), or bsz one-dimensional tensors of any lengths.
-        start_pos: how many tokens of the sequence came before, for all or for each.
-        caches: what holds them; without, the model's own, begun anew where all begin at 0.
-        """
-        starts = [start_pos] * len(tokens) if isinstance(start_pos, int) else start_pos
-        if any(start + len(row) > self.args.max_seq_len for start, row in zip(starts, tokens)):
-            raise ValueError(f"there are {self.args.max_seq_len} positions: max_seq_len")
-        if caches is None:
-            if not any(starts):
-                self.caches = [self.new_cache(len(row)) for row in tokens]
-            caches = self.caches
-        h = self.hidden(tokens, starts, caches)
-        last = torch.tensor([len(row) for row in tokens]).cumsum(0) - 1
-        return self.output(h[last]).float()
+        if start_pos == 0:
+            self.caches = [self.new_cache(len(row)) for row in tokens]
+        hidden = self.hidden(tokens, [start_pos] * len(tokens), self.caches)
+        last = torch.arange(1, len(tokens) + 1) * tokens.shape[1] - 1
+        return self.output(hidden[last]).float()
 
     def hidden(
         self,
-        tokens: Tensor | Sequence[Tensor],
+        tokens: Sequence[Tensor],
         starts: Sequence[int],
         caches: Sequence[KVCache | None],
     ) -> Tensor:
-        """The normalised state of every token, sequence after sequence: (n_tokens, dim)."""
+        """The normalised hidden state of every token, sequence after sequence.
+
+        Args:
+            tokens: One int64 tensor of ids for each sequence, of any lengths.
+            starts: The position of the first of them, for each sequence.
+            caches: What came before, for each sequence; these tokens are added. None: nothing came
+                before, and nothing is kept.
+        Returns:
+            (n_tokens, dim), in the activations' dtype.
+        """
         segments = []
         for row, start_pos, cache in zip(tokens, starts, caches, strict=True):
+            if start_pos + len(row) > self.args.max_seq_len:
+                raise ValueError(f"max_seq_len is {self.args.max_seq_len}: no more positions")
             mask = None
             if start_pos > 0 and len(row) > 1:
                 mask = torch.ones(len(row), start_pos + len(row), dtype=torch.bool).tril(start_pos)
@@ -243,3 +250,17 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h, freqs_cis, segments)
         return self.norm(h)
+
+    @torch.inference_mode()
+    def evict(self, cache: KVCache, start: int, end: int, length: int) -> None:
+        """Remove positions start to end from a cache of `length` positions; the rest moves down.
+
+        Attention depends only on the distance between positions (arXiv 2104.09864, eq. 16), so
+        keys can move when they are rotated back by the angle of as many positions.
+        """
+        back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
+        for layer_id in range(self.args.n_layers):
+            for heads, keys, values in cache.read(layer_id, length):
+                keys = apply_rotary_emb(keys[:, end:], back).transpose(0, 1)
+                values = values[:, end:].transpose(0, 1).clone()
+                cache.update(layer_id, start, keys, values, heads)

@@ -1,74 +1,104 @@
-"""params.json: the shape of a model, as Meta's checkpoints and their family describe it."""
+"""params.json: the shape of a model, and what a converted model's config says beside it."""
 
 import json
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .model import ModelArgs
 
 LARGEST = 2**20  # no size in params.json, and no context, is larger
+REQUIRED = ("dim", "multiple_of", "n_heads", "n_layers", "norm_eps")
+EXTRA = {  # keys beside Meta's, which llama/huggingface.py writes
+    "sliding_window": int,  # the longest context in which every token attends to all before it
+    "max_position_embeddings": int,  # the longest context that the model was trained on
+    "eos_token_id": list,  # ids that end a sequence, beside the tokenizer's </s>
+    "added_tokens": dict,  # tokens beside the tokenizer's, {text: id}
+    "chat_style": str,  # the prompt format, see STYLES in llama/chat.py
+}
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a byte order mark before it is skipped."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it belongs beside the weights") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): get it again") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} has no keys: get it again")
+        raise UserError(f"{path} is not a JSON object with keys such as dim and n_layers")
     return found
 
 
-def read_params(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-    """Meta's params.json, where `sliding_window` may say which context is the longest to run.
+def read_params(path: Path) -> dict[str, Any]:
+    """Read params.json and check the keys and the types of their values.
 
-    It is Mistral's name for how many tokens back a token attends to: up to there to all of them,
-    as LLaMA's do.
+    Returns:
+        The keys that have a value: null and false stand for a key's default.
+    Raises:
+        UserError: Names the key that is missing, unknown or has an impossible value.
     """
-    path = ckpt_dir / "params.json"
-    params = read_json(path)
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = n_words
-    params |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    args = to_args(params, path, n_words)
-    window = params.get("sliding_window") or max_seq_len
-    if max_seq_len > window:
-        raise UserError(f"--max_seq_len takes at most {window}, the sliding_window of {path}")
-    return args
+    params = read_json(path).items()
+    given = {k: v for k, v in params if k in REQUIRED or v is not None and v is not False}
+    return check_params(given, path, {})
 
 
-def check_types(params: dict, path: Path) -> None:
-    """Refuse keys too many or too few for params.json, and values that none of them has."""
-    kinds = typing.get_type_hints(ModelArgs) | {"sliding_window": int | None}
-    unknown = sorted(params.keys() - kinds.keys())
-    if unknown:
+def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """Check the keys and values of a model's parameters, which come from the file at `path`.
+
+    names: The file's names of keys, where they differ.
+    """
+    kinds = {name: typing.get_args(kind) or (kind,) for name, kind in
+             (typing.get_type_hints(ModelArgs) | EXTRA).items()}  # fmt: skip
+    if unknown := sorted(params.keys() - kinds.keys()):
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
-    for key in {"dim", "multiple_of", "n_heads", "n_layers", "norm_eps", *params}:
-        value = params.get(key, "missing")
-        kind = typing.get_args(kinds[key]) or (kinds[key],)  # X of X | None
-        allowed, limit = ((*kind, int), 1e12) if float in kind else (kind, LARGEST)
-        if type(value) not in allowed or value is not None and not 0 < value <= limit:
-            takes = f"a whole number from 1 to {limit}" if int in kind else "a number above 0"
-            raise UserError(f"{path}: {key} is {value!r:.60}, and should be {takes}")
+    for key in (*REQUIRED, *params):
+        value, kind = params.get(key, "missing"), kinds[key]
+        expected = next(t for t in (int, float, list, dict, str) if t in kind)
+        limit = LARGEST if expected is int else 1e12
+        good = type(value) in ((int, float) if expected is float else (expected,))
+        if good and expected in (int, float):
+            good = 0 < value <= limit or key == "vocab_size" and value == -1
+        if good and expected in (list, dict):
+            ids = value.values() if expected is dict else value
+            good = all(type(token) is int and 0 <= token < limit for token in ids)
+            good = good and "" not in value
+        if not good:
+            takes = {
+                int: f"an integer from 1 to {limit}",
+                float: "a number above 0",
+                list: "a list of token ids",
+                dict: "an object with a token id for each text",
+            }
+            raise UserError(
+                f"{path}: {names.get(key, key)} is {value!r:.60}, and should be "
+                f"{takes.get(expected, 'a ' + expected.__name__)}"
+            )
+    return params
 
 
-def to_args(params: dict, path: Path, n_words: int) -> ModelArgs:
-    """The model that params.json describes, if there can be such a one with this tokenizer."""
-    check_types(params, path)
-    args = ModelArgs(**{key: params[key] for key in params if key != "sliding_window"})
+def to_model_args(params: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
+    """The model that the parameters describe.
+
+    Args:
+        params: The result of `read_params`.
+        path: The file that they come from, for errors.
+        vocab_size: Rows of the embedding, for a params.json that says -1.
+    """
+    args = ModelArgs(**{key: value for key, value in params.items() if key not in EXTRA})
+    if args.vocab_size == -1:
+        args.vocab_size = vocab_size
     if args.dim % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
         raise UserError(
             f"{path}: dim {args.dim} should be an even multiple of n_heads {args.n_heads}, and "
-            f"that a multiple of n_kv_heads {args.n_kv_heads}"
-        )
-    if args.vocab_size < n_words:
-        raise UserError(
-            f"{path}: vocab_size is {args.vocab_size}, but the tokenizer has {n_words} "
-            "pieces: it is another model's"
+            f"n_heads a multiple of n_kv_heads {args.n_kv_heads}"
         )
     if args.n_layers > 1000 or not 0 < args.hidden_dim <= LARGEST:
-        raise UserError(f"{path}: no model has so many layers, or such wide ones: get it again")
+        raise UserError(
+            f"{path}: no LLaMA model has n_layers {args.n_layers} and feed-forward layers of width "
+            f"{args.hidden_dim}, which follows from dim, multiple_of and ffn_dim_multiplier"
+        )
     return args

@@ -1,69 +1,119 @@
-"""LLaMA's tokenizer: a sentencepiece model."""
+"""LLaMA's tokenizer: a sentencepiece model, and the tokens that a fine-tuned model adds to it."""
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from .errors import UserError
 
-# Where bytes are no UTF-8, sentencepiece has one U+FFFD for each of them.
+# sentencepiece decodes each byte that is not UTF-8 to one U+FFFD.
 codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
 class Tokenizer:
-    def __init__(self, model_path: str | Path):
-        try:
-            model = Path(model_path).read_bytes()
-            self.sp_model = SentencePieceProcessor(model_proto=model)
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(
-                f"{model_path} is no file: it comes with the weights; name it with --tokenizer_path"
-            ) from None
-        except RuntimeError:
-            llama3 = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)
-            what = (
-                "is Llama 3's (tiktoken): this program runs Llama 1 and 2"
-                if llama3
-                else ("is no sentencepiece model, or not all of one: get it again")
-            )
-            raise UserError(f"{model_path} {what}") from None
-        self.n_words: int = self.sp_model.vocab_size()
+    """Text to token ids and back.
+
+    Args:
+        model_path: A sentencepiece model with <s> and </s>, such as LLaMA's tokenizer.model.
+        added_tokens: Ids of tokens that are not in that file, by their text.
+        eos_ids: Ids that end a sequence, beside </s>.
+
+    Attributes:
+        n_words: Number of ids, those of added tokens included.
+        bos_id, eos_id: Of <s> and </s>.
+        eos_ids: All ids that end a sequence.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        added_tokens: Mapping[str, int] | None = None,
+        eos_ids: Iterable[int] = (),
+    ):
+        self.sp_model = read_model(Path(model_path))
+        self.added_tokens = dict(added_tokens or {})
+        self.added_texts = {token: text for text, token in self.added_tokens.items()}
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{model_path} has no <s> and </s>: it is not LLaMA's")
-        self.pad_id: int = self.sp_model.pad_id()  # -1 in LLaMA: no piece, never an index
+        self.n_words = max([self.sp_model.vocab_size() - 1, *self.added_texts]) + 1
+        self.eos_ids = frozenset([self.eos_id, *eos_ids])
 
     def encode(self, s: str, bos: bool, eos: bool, within: bool = False) -> list[int]:
-        """The ids of `s`, between bos_id and eos_id where asked.
+        """The ids of a text.
 
-        `within`: `s` goes on with a text, and gets no space before it as the beginning of one does.
+        Args:
+            s: The text. Added tokens in it become single ids; <s> and </s> do not.
+            bos, eos: Put bos_id before, eos_id after.
+            within: `s` continues a text, so no space is added before it.
         """
-        s = s.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
-        before = "\n" if within else ""  # a byte's id, which joins with nothing after it
-        ids = self.sp_model.encode(before + s)[len(self.sp_model.encode(before)) :]
+        added = "|".join(map(re.escape, sorted(self.added_tokens, key=len, reverse=True)))
+        ids = []
+        for part in re.split(f"({added})", s) if added else [s]:
+            if part in self.added_tokens:
+                ids.append(self.added_tokens[part])
+            else:
+                ids += self.encode_plain(part, within or bool(ids))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_plain(self, s: str, within: bool) -> list[int]:
+        """The ids of a text in which no token is special."""
+        s = s.encode("utf-8", "replace").decode()  # half of a surrogate pair is not a character
+        before = "\n" if within else ""  # a byte token, which never merges with the text after it
+        return self.sp_model.encode(before + s)[len(self.sp_model.encode(before)) :]
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.sp_model.decode(list(ids))
+        """The text of the ids."""
+        return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids: Iterable[int], within: bool = False) -> Iterator[str]:
-        """The text of each id as it comes; the pieces join to what `decode` makes of all ids.
+        """Yield the text of each id as it comes. The pieces join to `decode` of all ids.
 
-        A character whose bytes come in several ids is held back until it is whole. `within`: the
-        ids go on with a text, so that a space before the first is kept.
+        A character whose bytes come in several ids is held back until it is complete.
+
+        Args:
+            within: The ids continue a text, so a space before the first one is kept.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("each")
         sp = self.sp_model
         for token in ids:
-            if sp.is_byte(token):
+            if token >= sp.vocab_size():
+                yield utf8.decode(b"", final=True) + self.added_texts.get(token, "")
+            elif sp.is_byte(token):
                 yield utf8.decode(bytes([int(sp.id_to_piece(token)[3:5], 16)]))  # <0x0A>
             else:
                 first = sp.decode([token])
                 piece = sp.decode([token, token])[len(first) :] if within else first
                 yield utf8.decode(b"", final=True) + piece
-            within = within or not sp.is_control(token)
+            within = within or token >= sp.vocab_size() or not sp.is_control(token)
         yield utf8.decode(b"", final=True)
+
+
+def read_model(path: Path) -> SentencePieceProcessor:
+    """Read a sentencepiece model and check that every piece of it can be used."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(
+            f"there is no tokenizer {path}: tokenizer.model comes with the weights, "
+            "set `tokenizer_path` to it"
+        ) from None
+    try:
+        model = SentencePieceProcessor(model_proto=content)
+        model.id_to_piece(list(range(model.vocab_size())))
+    except (RuntimeError, UnicodeDecodeError):
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+            raise UserError(f"{path} is Llama 3's (tiktoken): this is for LLaMA 1 and 2") from None
+        if content.startswith(LFS_POINTER):
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the file: run git lfs pull"
+            ) from None
+        raise UserError(f"{path} is not a valid sentencepiece model") from None
+    if min(model.bos_id(), model.eos_id()) < 0:
+        raise UserError(f"{path} has no <s> and </s>: it is not LLaMA's tokenizer")
+    return model
+
+
+LFS_POINTER = b"version https://git-lfs"

@@ -1,0 +1,197 @@
+"""Writing a checkpoint as one merged.pth: in the dtype of its files, another one, or quantized."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from .checkpoint import VERSION, check_files, check_weights, empty_model, find_shards, model_args
+from .errors import UserError
+from .model import ModelArgs
+from .params import read_params
+from .tokenizer import Tokenizer
+from .weights import FORMAT, Weight, is_quantized, open_checkpoint
+
+Write = Callable[[str, Tensor], None]
+
+
+class Source(NamedTuple):
+    """What is to be written: weights under Meta's names, and the files that go beside them."""
+
+    weights: dict[str, Weight]
+    args: ModelArgs | None  # None: there is no params.json
+    tokenizer: Tokenizer | None
+    files: dict[str, bytes]
+
+
+def open_shards(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Source:
+    """Open Meta's shards, checked against params.json if there is one.
+
+    Args:
+        folder: The directory of the shards.
+        copy_files: Take params.json and tokenizer.model along.
+        tokenizer_path: Reads the text that quantizing takes. Default: tokenizer.model in folder.
+    """
+    weights = open_checkpoint(check_files(folder, find_shards(folder)))
+    path = tokenizer_path or folder / "tokenizer.model"
+    args, tokenizer = None, Tokenizer(path) if path.exists() else None
+    if (folder / "params.json").exists():
+        args = model_args(read_params(folder / "params.json"), weights, tokenizer, folder)
+        check_weights(weights, args, folder)
+    paths = [folder / name for name in ("params.json", "tokenizer.model")] if copy_files else []
+    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in paths if p.exists()})
+
+
+def write_merged(
+    source: Source,
+    output_dir: Path,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint as output_dir/merged.pth.
+
+    Args:
+        source: The checkpoint, see `open_shards` and `llama.huggingface.open_folder`.
+        dtype: Convert the weights. Default: keep their dtype.
+        quantize: int8 or int4, to quantize them. Default: do not.
+        overwrite: Replace files that exist.
+    Returns:
+        The file that was written. Nothing appears under its name before it is complete.
+    Raises:
+        UserError: A file exists, the disk is too small, or a weight does not fit the dtype.
+    """
+    if quantize and is_quantized(source.weights):
+        raise UserError("the weights are quantized already: leave out `quantize`")
+    if quantize and dtype:
+        raise UserError("`dtype` has no effect with `quantize`: leave it out")
+    if quantize and not source.args:
+        raise UserError("quantizing needs the params.json that belongs to the weights")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
+    state = final_state(source, dtype, quantize)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    target = output_dir / "merged.pth"
+    needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
+    with ExitStack() as stack:
+        partial = stack.enter_context(replacing(target, overwrite))  # entered first, renamed last
+        for name, content in source.files.items():
+            path = output_dir / name
+            if not (path.is_file() and path.read_bytes() == content):
+                stack.enter_context(replacing(path, overwrite)).write_bytes(content)
+        if free < needed:
+            raise UserError(f"{target} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        write_state(partial, state, lambda write: produce(source, dtype, quantize, write))
+        if overwrite and source.files:  # old weights are never beside new params.json
+            target.unlink(missing_ok=True)
+    return target
+
+
+@contextmanager
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a path to write to, beside `path`. It is renamed to that when the block has succeeded.
+
+    Raises:
+        UserError: `path` exists, now or at the end, and is not to be overwritten.
+    """
+    exists = UserError(f"{path} exists: move it away, or use `overwrite`")
+    if path.is_dir() or not overwrite and os.path.lexists(path):
+        raise exists
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    try:
+        partial.touch()
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        if overwrite:
+            partial.replace(path)
+            return
+        try:
+            os.link(partial, path)  # fails if the path exists, where rename would replace it
+        except FileExistsError:
+            raise exists from None
+        except OSError:  # this file system has no hard links
+            if os.path.lexists(path):
+                raise exists from None
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def final_state(
+    source: Source, dtype: torch.dtype | None, quantize: str | None
+) -> dict[str, Tensor]:
+    """The tensors that will be written, on the meta device."""
+    if quantize:
+        return empty_model(source.args, quantize, {}).state_dict()
+    dtypes = {n: w.dtype if is_kept(n, w) else dtype or w.dtype for n, w in source.weights.items()}
+    return {
+        name: torch.empty(weight.shape, dtype=dtypes[name], device="meta")
+        for name, weight in source.weights.items()
+    }
+
+
+def is_kept(name: str, weight: Weight) -> bool:
+    """True for the buffers of quantized layers, whose dtypes are part of the format."""
+    return not weight.dtype.is_floating_point or not name.endswith(".weight")
+
+
+def produce(source: Source, dtype: torch.dtype | None, quantize: str | None, write: Write) -> None:
+    """Call write(name, tensor) for every tensor of `final_state`."""
+    if not quantize:
+        for name, weight in source.weights.items():
+            kept = is_kept(name, weight) or dtype is None
+            write(name, weight.read(weight.dtype if kept else dtype))
+        return
+    from .quantization.calibration import calibrate, calibration_tokens
+
+    def deliver(path: str, layer: nn.Module) -> None:
+        for name, buffer in layer.state_dict(prefix=f"{path}.").items():
+            write(name, buffer)
+
+    for name, tensor in empty_model(source.args, quantize, {}).named_parameters():
+        write(name, source.weights[name].read(tensor.dtype))
+    tokens = calibration_tokens(source.tokenizer, source.args.vocab_size)
+    calibrate(source.args, source.weights, quantize, tokens, deliver)
+
+
+def write_state(path: Path, state: Mapping[str, Tensor], produce: Callable[[Write], None]) -> None:
+    """Make `path` a checkpoint of the state, whose tensors `produce` writes one by one."""
+    offsets = reserve(path, state)
+    total = sum(tensor.nbytes for tensor in state.values())
+    with (
+        path.open("r+b") as file,
+        tqdm(desc="writing", total=total, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+
+        def write(name: str, tensor: Tensor) -> None:
+            tensor = tensor.contiguous()
+            file.seek(offsets[name])
+            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            bar.update(tensor.nbytes)
+
+        produce(write)
+        if is_quantized(state):
+            write(FORMAT, torch.tensor([VERSION], dtype=torch.uint8))
+
+
+def reserve(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Write a checkpoint with holes for these tensors; returns where the bytes of each belong."""
+    version = {FORMAT: torch.empty(1, dtype=torch.uint8)} if is_quantized(state) else {}
+    with FakeTensorMode():
+        fakes = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in (state | version).items()}
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(fakes, path)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be written ({error}): is the disk full?") from None
+    index = torch.load(path, map_location="meta", weights_only=True)
+    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in index.items()}

@@ -1,0 +1,258 @@
+"""Linear layers with int8 and int4 weights, and a few directions of their input kept exact.
+
+A few directions carry most of a layer's input: massive activations (arXiv 2402.17762), nearly the
+same for every text. Whatever rounding does to the weights, or to the activations, along them is
+multiplied by thousands. So both layers compute
+
+    y = Q r + C u,    u = U x,    r = x - U^T u,    C = W U^T
+
+where Q is the rounded W, and U (k, in_features) has the input's first right singular vectors as its
+rows (llama/quantization/calibration.py): low-rank error reconstruction as in LQER, arXiv 2402.02446.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..linear import (
+    FEW,
+    has_int8pack,
+    has_vnni,
+    int4_interleaving,
+    int4_linear,
+    int4_pack,
+    int8_linear,
+    int8_matmul,
+    int8_pack,
+    int8pack_linear,
+    linear_by_blocks,
+    row_blocks,
+    unpack_int4,
+)
+from .rounding import group_size, quantize_int4, row_scales
+
+MANY = 64  # tokens: from here on unpacking int4 to int8 is faster than the 4-bit operator
+
+
+class QuantizedLinear(nn.Module):
+    """y = Q r + C u, see above. Subclasses have Q, and multiply by it.
+
+    Buffers:
+        directions: U, bf16 (n_directions, in_features).
+        corrections: C, bf16 (out_features, n_directions).
+    """
+
+    def __init__(self, out_features: int, in_features: int, n_directions: int):
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.add("directions", (n_directions, in_features), torch.bfloat16)
+        self.add("corrections", (out_features, n_directions), torch.bfloat16)
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, directions: Tensor) -> None:
+        """Fill the buffers.
+
+        Args:
+            weight: W, fp32 (out_features, in_features).
+            directions: U, fp32.
+        """
+        self.directions = directions.bfloat16()
+        self.corrections = F.linear(weight, self.directions.float()).bfloat16()
+        self.quantize_weight(weight)
+
+    def prepare(self) -> None:
+        """Bring the buffers into the form that this CPU multiplies fastest, once they are filled."""
+        self.directions = shared(self.directions.float())  # one token: 2 us in fp32, 20 in bf16
+        self.corrections = self.corrections.float().t().contiguous()
+        self.prepare_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection, rest = split(x, self.directions)
+        return self.multiply(rest).addmm_(projection, self.corrections).type_as(x)
+
+    def multiply(self, rest: Tensor) -> Tensor:
+        """fp32 Q r."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Q in fp32, some rows at a time."""
+        raise NotImplementedError
+
+
+recent: deque[Tensor] = deque(maxlen=2)  # w1 and w3 share U, and w2 comes between them
+
+
+def shared(directions: Tensor) -> Tensor:
+    """An earlier layer's equal tensor, if there is one, so that the cache of `split` hits."""
+    recent.append(next((d for d in recent if torch.equal(d, directions)), directions))
+    return recent[-1]
+
+
+@functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input and one U
+def split(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """u and r of an input, in fp32."""
+    x = x.float()
+    projection = F.linear(x, directions)
+    return projection, torch.addmm(x, projection, directions, alpha=-1)
+
+
+@functools.lru_cache(maxsize=1)
+def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """x (n, k) as scale * (q - 128): uint8 q; a scale for each row (n, 1), or a float for one row."""
+    if len(x) == 1:  # fewer operators
+        scale = max(x.abs().max().item(), 1e-12) / 127
+        return torch.add(zero_and_half(), x, alpha=1 / scale).to(torch.uint8), scale
+    scale = row_scales(x)
+    return (x / scale).add_(zero_and_half()).to(torch.uint8), scale
+
+
+@functools.cache
+def zero_and_half() -> Tensor:
+    return torch.tensor(128.5, dtype=torch.float32)  # the zero point; a half, since .to() truncates
+
+
+class Int8Linear(QuantizedLinear):
+    """Symmetric, one scale for each output: Q[i] = scales[i] * weight[i].
+
+    Buffers:
+        weight: int8 (out_features, in_features).
+        scales: fp32 (out_features,).
+    """
+
+    def __init__(self, out_features: int, in_features: int, n_directions: int = 8):
+        super().__init__(out_features, in_features, n_directions)
+        self.add("weight", (out_features, in_features), torch.int8)
+        self.add("scales", (out_features,), torch.float32)
+
+    def quantize_weight(self, weight: Tensor) -> None:
+        self.weight, self.scales = quantize_rows(weight)
+
+    def prepare_weight(self) -> None:
+        if has_vnni():
+            self.weight = int8_pack(self.weight)
+
+    def multiply(self, rest: Tensor) -> Tensor:
+        if has_vnni():
+            q, scale = round_activations(rest)
+            if isinstance(scale, float):
+                return int8_linear(q, scale, self.weight, self.scales)
+            return int8_linear(q, 1.0, self.weight, self.scales).mul_(scale)
+        # PyTorch 2.13 reads past the end of rows that are not a multiple of 16 long.
+        if len(rest) < FEW and has_int8pack() and self.in_features % 16 == 0:
+            y = int8pack_linear(rest.bfloat16(), self.weight, self.scales.bfloat16())
+            return y.float()
+        return linear_by_blocks(rest, self.blocks())
+
+    def blocks(self) -> Iterator[Tensor]:
+        for rows in row_blocks(self.out_features, self.in_features):
+            yield self.weight[rows] * self.scales[rows, None]
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 q and fp32 scales such that q * scales[:, None] is nearest to an fp32 matrix."""
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scales = weight.new_empty(len(weight))
+    for rows in row_blocks(*weight.shape):
+        scale = row_scales(weight[rows])
+        q[rows], scales[rows] = (weight[rows] / scale).round_(), scale.squeeze(1)
+    return q, scales
+
+
+class Int4Linear(QuantizedLinear):
+    """Asymmetric, in groups of neighbouring inputs: Q = scale * (q - 8) + zero, q from 0 to 15.
+
+    Buffers:
+        weight: uint8 (out_features, in_features / 2). Two neighbours share a byte, the first is in
+            the low half.
+        groups: scale and zero, bf16 (in_features / group_size, out_features, 2).
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, n_directions: int = 16, group: int | None = None
+    ):
+        super().__init__(out_features, in_features, n_directions)
+        self.group_size = group or group_size(in_features)
+        self.add("weight", (out_features, in_features // 2), torch.uint8)
+        self.add("groups", (in_features // self.group_size, out_features, 2), torch.bfloat16)
+        self.interleaving = 0  # of weight, see unpack_int4
+
+    def quantize_weight(self, weight: Tensor) -> None:
+        q, self.groups = quantize_int4(weight, self.group_size)
+        self.weight = q[:, ::2] | q[:, 1::2] << 4
+
+    def prepare_weight(self) -> None:
+        if self.out_features % 64 == 0:
+            self.interleaving = int4_interleaving()
+        if self.interleaving:
+            for rows in row_blocks(self.out_features, self.in_features):
+                plain = self.weight[rows]
+                plain.copy_(int4_pack(unpack_int4(plain, 0).t().int()).view(plain.shape))
+        if has_vnni():  # the scale with which each row of Q fits in int8
+            scale, zero = self.groups.float().unbind(2)
+            limits = torch.maximum((zero - 8 * scale).abs(), (zero + 7 * scale).abs()).amax(0)
+            self.row_scales = limits.clamp_min_(1e-12).div_(127)
+
+    def multiply(self, rest: Tensor) -> Tensor:
+        if self.interleaving and len(rest) < MANY:
+            y = int4_linear(rest.bfloat16(), self.weight, self.group_size, self.groups)
+            return y.float()
+        if has_vnni():
+            return self.multiply_int8(rest)
+        return linear_by_blocks(rest, self.blocks())
+
+    def multiply_int8(self, rest: Tensor) -> Tensor:
+        """Q in int8 with one scale for each output, block by block, and int8 activations."""
+        q, scale = round_activations(rest)
+        q = q.bitwise_xor(128).view(torch.int8)
+        y = rest.new_empty(len(rest), self.out_features)
+        for rows in row_blocks(self.out_features, self.in_features):
+            row_scale = self.row_scales[rows]
+            # Fixed point with 8 fractional bits, in which overflows of the product cancel out.
+            fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / row_scale)
+            step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
+            step, low = step.round_().to(torch.int16), low.to(torch.int16)
+            block = unpack_int4(self.weight[rows], self.interleaving).to(torch.int16)
+            block = block.unflatten(0, (len(step), -1)).mul_(step[:, None]).add_(low[:, None])
+            block = block.bitwise_right_shift_(8).to(torch.int8).flatten(0, 1)
+            part = int8_matmul(q, block).float().mul_(scale)
+            torch.mul(part, row_scale, out=y[:, rows])
+        return y
+
+    def blocks(self) -> Iterator[Tensor]:
+        for rows in row_blocks(self.out_features, self.in_features):
+            q = unpack_int4(self.weight[rows], self.interleaving).float()  # (in_features, n_rows)
+            scale, zero = self.groups[:, None, rows].float().unbind(3)
+            block = torch.addcmul(zero, q.sub_(8).unflatten(0, (len(scale), -1)), scale)
+            yield block.flatten(0, 1).t()
+
+
+class Int8Embedding(nn.Module):
+    """A row for each token, int8 with a scale of its own; looked up in the default dtype.
+
+    Buffers:
+        weight: int8 (num_embeddings, embedding_dim).
+        scales: fp32 (num_embeddings,).
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.dtype = torch.get_default_dtype()
+        self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(num_embeddings, dtype=torch.float32))
+
+    def quantize(self, weight: Tensor) -> None:
+        """Fill the buffers with an fp32 embedding."""
+        self.weight, self.scales = quantize_rows(weight)
+
+    def prepare(self) -> None:
+        """Rows are looked up as they are."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)

@@ -1,0 +1,130 @@
+"""How the next token is drawn from the model's logits."""
+
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, check
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How far a sequence is continued, and how its tokens are drawn.
+
+    Args:
+        max_gen_len: Most tokens to generate.
+        temperature: 0 takes the most probable token each time; higher is more surprising.
+        top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
+        top_k: Draw from this many most probable tokens at most. None or 0: no limit.
+        repetition_penalty: Above 1, tokens that the sequence has already become less probable.
+        seed: The same seed draws the same tokens. None: different ones each time.
+        prompt_lookup: Most tokens to guess for one forward pass. 0: none. It changes the speed, not
+            the distribution of the text.
+    """
+
+    max_gen_len: int
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    prompt_lookup: int = 8
+
+    def __post_init__(self):
+        for name, kind in typing.get_type_hints(Sampling).items():
+            kinds = typing.get_args(kind) or (kind,)
+            kinds += (int,) if float in kinds else ()
+            value, names = getattr(self, name), " or ".join(k.__name__ for k in kinds)
+            check(type(value) in kinds, name, names.replace("NoneType", "None"), value)
+        t, p, k, penalty = self.temperature, self.top_p, self.top_k, self.repetition_penalty
+        check(self.max_gen_len >= 0, "max_gen_len", "0 or more tokens", self.max_gen_len)
+        check(0 <= t < math.inf, "temperature", "0 or more", t)
+        check(0 <= p <= 1, "top_p", "a number from 0 to 1", p)
+        check(k is None or k >= 0, "top_k", "0 (off) or more", k)
+        check(1e-9 <= penalty <= 1e9, "repetition_penalty", "a number from 1e-9 to 1e9", penalty)
+        check(abs(self.seed or 0) < 2**63, "seed", "an integer below 2**63", self.seed)
+        check(0 <= self.prompt_lookup <= 64, "prompt_lookup", "0 to 64 tokens", self.prompt_lookup)
+
+    def generator(self) -> torch.Generator:
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def make_sampling(
+    max_gen_len: int, temperature: float, top_p: float, options: Mapping[str, float | None]
+) -> Sampling:
+    """The Sampling of a call of `generate` or `stream`."""
+    known = Sampling.__dataclass_fields__.keys()
+    for name in options.keys() - known:
+        raise UserError(f"there is no option {name}: the options are {', '.join(known)}")
+    return Sampling(max_gen_len, temperature, top_p, **options)
+
+
+def draw_uniforms(n: int, generator: torch.Generator) -> Tensor:
+    """A random number for each of n tokens: prompt lookup and batching do not change the text."""
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def sample(
+    logits: Tensor, sequences: Sequence[Sequence[int]], uniforms: Tensor, sampling: Sampling
+) -> Tensor:
+    """Draw a token for each row of logits.
+
+    Args:
+        logits: fp32 (n_rows, n_words).
+        sequences: The tokens that precede each row's, for the repetition penalty.
+        uniforms: A random number from 0 to 1 for each row, (n_rows,).
+    Returns:
+        int64 (n_rows,).
+    Raises:
+        UserError: A logit is not finite.
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalize(logits, sequences, sampling.repetition_penalty)
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's output is not finite: its weights are damaged, or not params.json's"
+        )
+    if sampling.temperature < 1e-5:  # 0, or so near to it that dividing would overflow
+        return logits.argmax(-1)
+    if sampling.top_k:
+        best = logits.topk(min(sampling.top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
+    temperature = min(sampling.temperature, 1e30)  # more would be Inf in fp32
+    probs = torch.softmax((logits - logits.amax(-1, True)) / temperature, -1)
+    return sample_top_p(probs, sampling.top_p, uniforms)
+
+
+def penalize(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Divide the logits of tokens that a sequence has by the penalty (arXiv 1909.05858, 4.1).
+
+    A negative logit is multiplied, as in all implementations: dividing would make it more probable.
+    """
+    logits = logits.clone()
+    for row, tokens in zip(logits, sequences):
+        seen = row[tokens]
+        row[tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits
+
+
+def sample_top_p(probs: Tensor, p: float, uniforms: Tensor) -> Tensor:
+    """Draw from the smallest set of most probable tokens whose mass reaches p (arXiv 1904.09751)."""
+    vocab_size = probs.shape[-1]
+    for n_best in (256, vocab_size):  # more than 256 are rarely needed, and sorting is slow
+        best, tokens = probs.topk(min(n_best, vocab_size))
+        if best.sum(-1).min() >= p:
+            break
+    mass_before = best.cumsum(-1) - best
+    best[(mass_before >= p) & (mass_before > 0)] = 0
+    cumulative = best.double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    last = (best > 0).sum(-1, keepdim=True) - 1
+    return tokens.gather(-1, torch.minimum(drawn, last)).squeeze(-1)

@@ -1,0 +1,139 @@
+"""The terminal side of the chat: messages with editing and history, wrapped replies, notices."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+N_HISTORY = 1000  # messages that are remembered
+
+
+def is_interactive() -> bool:
+    """True if a person types and reads."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def read_messages() -> Iterator[str]:
+    """Yield the user's messages until the end of input.
+
+    A message is one line; one that ends in a backslash continues on the next. In a terminal a pasted
+    text of several lines is one message, and messages are remembered for later sessions.
+    """
+    remember = open_history() if is_interactive() else lambda message: None
+    text = ""
+    while (line := read_line("      > " if text else "prompt> ")) is not None:
+        text += line.removeprefix("\ufeff").rstrip()  # also Windows' \r
+        if text.endswith("\\"):
+            text = text[:-1] + "\n"
+            continue
+        if text.strip():
+            remember(text)
+        yield text
+        text = ""
+    if text:
+        yield text
+
+
+def read_line(prompt: str) -> str | None:
+    """One line. None: the end of input.
+
+    Ctrl-C clears the line; on an empty one it tells how to leave.
+    """
+    while True:
+        try:
+            return input(prompt if is_interactive() else "")
+        except EOFError:
+            if is_interactive():
+                print()
+            return None
+        except KeyboardInterrupt:
+            if not is_interactive():
+                raise
+            print()
+            notice("Ctrl-D or /exit leaves")
+
+
+def open_history() -> Callable[[str], None]:
+    """Let input() edit lines, and recall messages of this and earlier sessions.
+
+    Returns:
+        A function that remembers a message.
+    """
+    try:
+        import readline
+    except ImportError:  # Windows' console has editing and history of its own
+        return lambda message: None
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    readline.set_auto_history(False)
+    path = history_path()
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines()[-N_HISTORY:]:
+            readline.add_history(json.loads(line))
+
+    def remember(message: str) -> None:
+        with contextlib.suppress(UnicodeError):  # with LC_ALL=C readline takes ASCII only
+            readline.add_history(message)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(message) + "\n")
+
+    return remember
+
+
+def history_path() -> Path:
+    """A file in the user's state folder, as the XDG Base Directory Specification names it."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "llama-cpu" / "history.jsonl"
+
+
+def print_reply(pieces: Iterable[str]) -> None:
+    """Print a reply as it comes, in a terminal wrapped at words."""
+    if not is_interactive():
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        return
+    width, column, word = shutil.get_terminal_size().columns, 0, ""
+    with without_echo():
+        for piece in pieces:
+            for char in piece:
+                if not char.isspace():
+                    word += char
+                    if column + len(word) < width or len(word) > column:
+                        print(char, end="", flush=True)
+                        continue
+                    # Take the word's beginning back, and begin a line with it.
+                    print("\b \b" * (len(word) - 1) + "\n" + word, end="", flush=True)
+                    column = 0
+                    continue
+                column = 0 if char == "\n" else column + len(word) + 1
+                word = ""
+                print(char if column < width else "\n", end="", flush=True)
+                column = column if column < width else 0
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Do not show what is typed meanwhile: it is there for the next prompt."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def notice(text: str) -> None:
+    """Print a line that is not the model's to stderr, dimmed where that is possible."""
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
