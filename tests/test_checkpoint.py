@@ -1,141 +1,204 @@
-"""Shards: merged, and read unmerged."""
+"""Loading: shards, merged.pth, and every file that torch reads right."""
 
 import json
-import subprocess
+import os
 import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, PARAMS, TOKENIZER, random_weights, write_shards
+from conftest import PARAMS, TOKENIZER, random_weights, run_python, write_shards
+from torch import Tensor
 
 import llama
-from llama.checkpoint import merge, open_checkpoint
+from llama.merge import open_shards, reserve, write_merged
 
 PROMPT = "Once upon a time"
+WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
 
 
-@pytest.fixture(scope="module", params=[2, 4, 8])
-def sharded(request, tmp_path_factory, weights):
-    return write_shards(tmp_path_factory.mktemp("shards"), weights, request.param)
+def greedy(folder: Path) -> str:
+    return llama.load(folder, TOKENIZER).generate(PROMPT, 20, temperature=0)[0]
 
 
-def test_shards_merge_bit_for_bit(sharded, weights, tmp_path):
-    merged = torch.load(merge(sharded, tmp_path), weights_only=True)
-    assert merged.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert merged[name].dtype == weight.dtype
-        assert torch.equal(merged[name], weight)
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> str:
+    """The text of the weights in one shard."""
+    return greedy(checkpoint)
 
 
-def test_shards_run_unmerged_to_the_same_text(sharded, checkpoint):
-    expected = llama.load(checkpoint, TOKENIZER).generate([PROMPT], 20, temperature=0)
-    assert llama.load(sharded, TOKENIZER).generate([PROMPT], 20, temperature=0) == expected
+RELEASE = [  # folder, number of shards, names of angles, norm_eps
+    ("7B", 1, "layers.{}.attention.inner_attention.rope.freqs", 1e-6),
+    ("13B", 2, "rope.freqs", 1e-6),
+    ("30B", 4, "rope.freqs", 1e-6),
+    ("65B", 8, "rope.freqs", 1e-5),
+]
+
+
+@pytest.mark.parametrize(("size", "n_shards", "angles", "norm_eps"), RELEASE)
+def test_the_first_release_runs_unmerged_and_merges_bit_for_bit(
+    size, n_shards, angles, norm_eps, weights, tmp_path
+):
+    """The names and numbers of files as Meta published them; the shapes are small."""
+    params = PARAMS | {"norm_eps": norm_eps}
+    model = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
+    unused = {angles.format(layer): weights["rope.freqs"].half() for layer in range(2)}
+    folder = write_shards(tmp_path / size, model | unused, n_shards, params)
+    assert greedy(folder) == greedy(write_shards(tmp_path / "one", model, 1, params))
+    merged = torch.load(write_merged(open_shards(folder, False), tmp_path), weights_only=True)
+    assert merged.keys() == model.keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in model.items())
 
 
 def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
-    torch.save(random_weights(seed=1), tmp_path / "merged.pth")
-    model = llama.load(tmp_path, TOKENIZER).model
-    expected = random_weights(seed=1)["layers.0.attention.wq.weight"].float()
-    assert torch.equal(model.layers[0].attention.wq.weight, expected)
+    other = random_weights(seed=1)
+    torch.save(other, tmp_path / "merged.pth")
+    text = greedy(write_shards(tmp_path / "other", other, 1))
+    assert greedy(tmp_path) == text
 
 
-def test_blocks_are_read_in_the_right_order(sharded, weights, monkeypatch):
-    monkeypatch.setattr("llama.stored.BLOCK", 1000)
-    paths = sorted(sharded.glob("*.pth"))
-    for name, weight in open_checkpoint(paths).items():
-        assert torch.equal(weight.read(torch.float16), weights[name].half())
+# Files that torch reads, and that are not as Meta's
 
 
-def test_merging_converts(sharded, weights, tmp_path):
-    merged = torch.load(merge(sharded, tmp_path, dtype=torch.bfloat16), weights_only=True)
-    for name, weight in weights.items():
-        if name.endswith(".weight"):
-            assert torch.equal(merged[name], weight.bfloat16())
+def views(weights: dict[str, Tensor], path: Path) -> None:
+    storage = torch.cat([weight.flatten() for weight in weights.values()])
+    parts = storage.split([weight.numel() for weight in weights.values()])
+    state = {name: p.view(w.shape) for (name, w), p in zip(weights.items(), parts)}
+    state[WQ] = weights[WQ].t().contiguous().t()
+    state[WK] = torch.complex(torch.zeros(128, 128), -weights[WK].float()).conj().imag
+    assert state[WK].is_neg()
+    torch.save(state, path)
 
 
-def test_an_existing_merged_pth_is_kept_unless_told_otherwise(checkpoint, tmp_path):
-    target = tmp_path / "merged.pth"
-    target.write_bytes(b"mine")
-    with pytest.raises(llama.UserError, match="--overwrite"):
-        merge(checkpoint, tmp_path)
-    assert target.read_bytes() == b"mine"
-    merge(checkpoint, tmp_path, overwrite=True)
-    assert len(target.read_bytes()) > 1_000_000
+def before_1_6(weights: dict[str, Tensor], path: Path) -> None:
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
 
 
-def test_a_merge_that_fails_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def rezipped(compression: int) -> Callable:
+    def save(weights: dict[str, Tensor], path: Path) -> None:
+        torch.save(weights, path.with_suffix(".old"))
+        with (
+            zipfile.ZipFile(path.with_suffix(".old")) as old,
+            zipfile.ZipFile(path, "w", compression) as new,
+        ):
+            for entry in old.infolist():
+                new.writestr(entry.filename, old.read(entry))
 
-    monkeypatch.setattr("llama.checkpoint.fill", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(checkpoint, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    return save
 
 
-def test_a_merge_needs_the_space_it_will_take(checkpoint, tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("llama.checkpoint.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(llama.UserError, match="free"):
-        merge(checkpoint, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+SAVED = {
+    "views, transposed and negated": views,
+    "of before PyTorch 1.6": before_1_6,
+    "zipped by another program": rezipped(zipfile.ZIP_STORED),
+    "compressed": rezipped(zipfile.ZIP_DEFLATED),
+    "under model": lambda weights, path: torch.save({"model": weights, "step": 7}, path),
+    "under state_dict": lambda weights, path: torch.save({"state_dict": weights}, path),
+    "with a counter": lambda weights, path: torch.save(weights | {"step": torch.tensor(7)}, path),
+}
+
+
+@pytest.mark.parametrize("save", SAVED.values(), ids=SAVED)
+def test_a_file_that_torch_reads_runs(save, weights, tmp_path, expected):
+    save(weights, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    assert greedy(tmp_path) == expected
+
+
+DEFAULTS = {"n_kv_heads": None, "ffn_dim_multiplier": False, "use_scaled_rope": False}
+
+
+@pytest.mark.parametrize(("more", "mark"), [(DEFAULTS, b""), ({}, b"\xef\xbb\xbf")])
+def test_null_false_and_a_byte_order_mark_in_params_json(more, mark, weights, tmp_path, expected):
+    write_shards(tmp_path, weights, 1)
+    content = json.dumps(PARAMS | more).encode()
+    (tmp_path / "params.json").write_bytes(mark + content)
+    assert greedy(tmp_path) == expected
+
+
+def test_a_vocabulary_of_minus_1_is_as_large_as_the_embedding(weights, tmp_path):
+    """One token more than the tokenizer has, such as Alpaca's [PAD], is never drawn."""
+    row = torch.full((1, PARAMS["dim"]), 60000.0).half()
+    more = {n: torch.cat([weights[n], row]) for n in ("tok_embeddings.weight", "output.weight")}
+    write_shards(tmp_path, weights | more, 1)
+    write_merged(open_shards(tmp_path, False), tmp_path)
+    model = llama.load(tmp_path, TOKENIZER)
+    assert model.model.args.vocab_size == 2049
+    assert model.model.output(torch.ones(1, PARAMS["dim"])).argmax() == 2048
+    assert model.generate(PROMPT, 8, temperature=0)[0].startswith(PROMPT)
+
+
+def test_a_folder_that_is_not_utf_8_is_read_and_written(checkpoint, tmp_path, run_script):
+    folder = os.fsencode(tmp_path) + b"/out\xe9"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    flags = ["--input_dir", str(checkpoint), "--output_dir", os.fsdecode(folder)]
+    assert run_script("merge-weights.py", *flags).returncode == 0
+    assert sorted(os.listdir(folder)) == [b"merged.pth", b"params.json"]
+    assert [os.fsencode(path) for path in tmp_path.iterdir()] == [folder]
+    flags = ["--ckpt_dir", os.fsdecode(folder), "--tokenizer_path", TOKENIZER]
+    assert run_script("example-cpu.py", *flags, "--max_gen_len", 2).returncode == 0
+
+
+# What loading costs
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 0.45 GB in fp16, all zeros, which takes no room on the disk."""
+    folder = tmp_path_factory.mktemp("large")
+    params = PARAMS | {"dim": 2048, "n_layers": 4, "multiple_of": 256}
+    args = llama.ModelArgs(**params | {"vocab_size": 4096, "max_seq_len": 1})
+    with torch.device("meta"):
+        state = llama.Transformer(args).half().state_dict()
+    reserve(folder / "merged.pth", state)
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int4")],
+)
+def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantize):
+    code = """
+import sys, torch, llama
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+quantize = None if sys.argv[4] == "None" else sys.argv[4]
+model = llama.load(sys.argv[2], sys.argv[3], quantize=quantize)
+model.generate("Hello", 2)
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
+print(model.weight_bytes)
+"""
+    peak, weight_bytes = map(int, run_python(code, dtype, large, TOKENIZER, quantize).split())
+    cache = 2 * 4 * 512 * 2048 * 4
+    assert peak < 1.05 * weight_bytes + cache + 500e6
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize"), [("float32", None), ("float32", "int8"), ("bfloat16", "int4")]
+    ("dtype", "quantize", "unused"),
+    [
+        ("float32", None, "llama.merge llama.huggingface llama.quantization llama.parallel"),
+        ("bfloat16", None, "llama.merge llama.huggingface llama.quantization llama.parallel"),
+        ("float32", "int8", "llama.merge llama.huggingface llama.parallel"),
+        ("float32", "int4", "llama.merge llama.huggingface llama.parallel"),
+    ],
 )
-def test_loading_peaks_at_little_more_than_the_weights(tmp_path, dtype, quantize):
-    """VmHWM of a process that only loads, against one that has only imported PyTorch."""
-    dim, n_layers = 1024, 6
-    params = PARAMS | {"dim": dim, "n_layers": n_layers, "multiple_of": 256}
-    with torch.device("meta"):
-        shapes = llama.Transformer(llama.ModelArgs(**params | {"vocab_size": 2048})).state_dict()
-    weights = {name: torch.full(w.shape, 0.01, dtype=torch.half) for name, w in shapes.items()}
-    torch.save(weights, tmp_path / "merged.pth")
-    (tmp_path / "params.json").write_text(json.dumps(params))
-    code = f"""
-import re, torch, llama, llama.checkpoint
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-torch.set_default_dtype(torch.{dtype})
-before = peak()
-model = llama.load({str(tmp_path)!r}, {str(TOKENIZER)!r}, quantize={quantize!r})
-print(peak() - before, model.weight_bytes)
+def test_loading_imports_neither_torchs_compiler_nor_what_it_does_not_use(
+    dtype, quantize, unused, checkpoint
+):
+    code = """
+import sys, torch, llama
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+quantize = None if sys.argv[4] == "None" else sys.argv[4]
+llama.load(sys.argv[2], sys.argv[3], quantize=quantize).generate("Hello", 2)
+print(*sys.modules)
 """
-    if not sys.platform.startswith("linux"):
-        pytest.skip("VmHWM is Linux's")
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    grown, n_bytes = map(int, output.split())
-    assert grown < 1.05 * n_bytes + 250e6  # PyTorch alone is another 230 MB
-
-
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_start_does_not_import_pytorchs_compiler(quantize):
-    """It takes a second, and initialising weights on the meta device would do it."""
-    code = f"""
-import sys, llama
-llama.tune.SMALL = 0
-llama.load({str(DEMO)!r}, {str(TOKENIZER)!r}, quantize={quantize!r}).generate(["Once"], 2)
-assert "torch._dynamo" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(("size", "n_shards"), [("7B", 1), ("13B", 2), ("30B", 4), ("65B", 8)])
-def test_the_files_of_metas_first_release_run_and_merge(size, n_shards, weights, tmp_path):
-    """Rotary angles are in every layer of 7B, and once in the others; neither is used."""
-    angles = weights["rope.freqs"]
-    plain = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
-    names = ["rope.freqs"]
-    if size == "7B":
-        names = [f"layers.{n}.attention.inner_attention.rope.freqs" for n in (0, 1)]
-    files = plain | dict.fromkeys(names, angles)
-    folder = write_shards(tmp_path / size, files, n_shards)
-    expected = llama.load(write_shards(tmp_path / "plain", plain, 1), TOKENIZER)
-    text = expected.generate(["Once upon a time"], 8, temperature=0)
-    assert llama.load(folder, TOKENIZER).generate(["Once upon a time"], 8, temperature=0) == text
-    merge(folder, folder)
-    assert llama.load(folder, TOKENIZER).generate(["Once upon a time"], 8, temperature=0) == text
+    modules = run_python(code, dtype, checkpoint, TOKENIZER, quantize).split()
+    assert not {"torch._dynamo", *unused.split()} & {*modules}

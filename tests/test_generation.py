@@ -1,8 +1,8 @@
-"""The generator loop: batches, lengths, ends."""
+"""generate and stream: batches, lengths, ends, arguments."""
 
 import pytest
 import torch
-from conftest import PARAMS, TOKENIZER
+from conftest import TOKENIZER, to_transformers
 
 import llama
 
@@ -12,97 +12,133 @@ PROMPTS = [
     "",
     "One day, a little fox named Stella wandered through the forest near her village, and then",
     "Once upon a time",
-    "The end. " * 40,
+    "The end. " * 200,
 ]
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint) -> llama.LLaMA:
-    return llama.load(checkpoint, TOKENIZER)
+    return llama.load(checkpoint, TOKENIZER, max_seq_len=2048)
 
 
-def end_after(model: llama.LLaMA, monkeypatch: pytest.MonkeyPatch, text: str, n: int) -> None:
-    """Let the n-th token that greedily follows the text be the end-of-sequence token."""
-    tokens = model.tokenizer.encode(text, bos=True, eos=False)
-    context = model.context(tokens, n)
-    sampling = llama.generation.Sampling(n, temperature=0)
-    new = [step[0] for step in model.extend([context], sampling, torch.Generator())]
-    assert new[-1] not in new[:-1]
-    monkeypatch.setattr(model.tokenizer, "eos_id", new[-1])
+@pytest.fixture(scope="module")
+def peer(weights):
+    return to_transformers(weights)
+
+
+def greedy_ids(peer, tokens: list[int], n: int, **options: float) -> list[int]:
+    """transformers' continuation."""
+    options |= {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n}
+    return peer.generate(torch.tensor([tokens]), **options)[0, len(tokens) :].tolist()
+
+
+def tokens_per_pass(model: llama.LLaMA) -> list[int]:
+    """A list that grows with each forward pass."""
+    sizes = []
+    hook = lambda module, args, output: sizes.append(len(args[0]))
+    model.model.tok_embeddings.register_forward_hook(hook)
+    return sizes
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[3], "The fox and the rabbit. " * 200])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_text_is_that_of_transformers(model, peer, prompt, penalty):
+    tokens = model.tokenizer.encode(prompt, bos=True, eos=False)
+    expected = tokens + greedy_ids(peer, tokens, 20, repetition_penalty=penalty)
+    text = model.generate(prompt, 20, temperature=0, repetition_penalty=penalty)
+    assert text == [model.tokenizer.decode(expected)]
 
 
 def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(model):
-    alone = [model.generate([prompt], 20, temperature=0)[0] for prompt in PROMPTS]
-    assert model.generate(PROMPTS, 20, temperature=0) == alone
+    alone = [model.generate(prompt, 20, 0)[0] for prompt in PROMPTS]
+    assert model.generate(PROMPTS, 20, 0) == alone
     assert len(set(alone)) == len(set(PROMPTS))
 
 
-def test_more_prompts_than_max_batch_size_run_in_several_batches(checkpoint, model):
-    small = llama.load(checkpoint, TOKENIZER, max_batch_size=2)
-    sizes = []
-    advance = small.advance
-    small.advance = lambda contexts: sizes.append(len(contexts)) or advance(contexts)
-    assert small.generate(PROMPTS, 5, temperature=0) == model.generate(PROMPTS, 5, temperature=0)
-    assert max(sizes) == 2
+def test_sampled_text_does_not_depend_on_the_other_prompts_of_the_batch(model):
+    options = {"max_gen_len": 20, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    first, second = model.generate(["Once upon a time", "One day"], **options)
+    assert model.generate("Once upon a time", **options) == [first]
+    assert model.generate(["The end. " * 20, "One day", "a"], **options)[1] == second
 
 
-def test_greedy_text_is_the_most_probable_token_each_time(model):
-    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
-    for _ in range(10):
-        logits = model.model(torch.tensor([tokens]), 0)
-        tokens.append(logits.argmax(-1).item())
-    assert model.generate(["Once upon a time"], 10, temperature=0) == [
-        model.tokenizer.decode(tokens)
-    ]
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_more_prompts_than_max_batch_size_run_in_several_batches(checkpoint, model, temperature):
+    options = {"max_gen_len": 5, "temperature": temperature, "seed": 1, "prompt_lookup": 0}
+    small = llama.load(checkpoint, TOKENIZER, max_seq_len=2048, max_batch_size=2)
+    sizes = tokens_per_pass(small)
+    assert small.generate(PROMPTS, **options) == model.generate(PROMPTS, **options)
+    assert max(sizes) <= 520  # a prompt of 800 tokens is read in two passes
+    assert [n for n in sizes if n < 3] == [2] * 4 * 3
 
 
-def test_a_sequence_ends_before_its_end_of_sequence_token(model, monkeypatch):
-    (long,) = model.generate([PROMPTS[0]], 10, temperature=0)
-    end_after(model, monkeypatch, PROMPTS[0], 6)
-    (text,) = model.generate([PROMPTS[0]], 10, temperature=0)
-    assert long.startswith(text)
-    assert text == model.generate([PROMPTS[0]], 5, temperature=0)[0]
+def test_a_sequence_ends_before_a_token_of_eos_ids_and_the_batch_goes_on(model, peer):
+    tokens = model.tokenizer.encode(PROMPTS[0], bos=True, eos=False)
+    new = greedy_ids(peer, tokens, 6)
+    assert new[5] not in new[:5]
+    ended = llama.LLaMA(model.model, llama.Tokenizer(TOKENIZER, eos_ids=[new[5]]))
+    alone = [ended.generate(prompt, 10, 0)[0] for prompt in (PROMPTS[3], PROMPTS[0])]
+    assert alone[1] == ended.tokenizer.decode(tokens + new[:5])
+    assert ended.timings.new_passes == 5  # beside that of the prompt: nothing after the end
+    assert ended.generate([PROMPTS[3], PROMPTS[0]], 10, 0) == alone
 
 
-def test_generation_stops_once_every_prompt_has_ended(model, monkeypatch):
-    end_after(model, monkeypatch, PROMPTS[0], 6)
-    model.generate([PROMPTS[0]] * 2, 10, temperature=0)
-    assert model.timings.new_tokens == 2 * 5
-
-
-def test_the_context_bounds_prompt_and_continuation_together(checkpoint):
+def test_the_context_bounds_prompt_and_continuation_together(checkpoint, peer):
     model = llama.load(checkpoint, TOKENIZER, max_seq_len=24)
-    prompt = "Once upon a time"
-    n_prompt = len(model.tokenizer.encode(prompt, bos=True, eos=False))
-    context = model.context(model.tokenizer.encode(prompt, bos=True, eos=False), 100)
-    sampling = llama.generation.Sampling(100, temperature=0)
-    assert len(list(model.extend([context], sampling, torch.Generator()))) == 24 - n_prompt
-    assert context.cache.values.shape[2] == 64  # one block
+    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
+    expected = tokens + greedy_ids(peer, tokens, 24 - len(tokens))
+    assert model.generate("Once upon a time", 100, 0) == [model.tokenizer.decode(expected)]
 
 
 def test_a_prompt_as_long_as_the_context_is_refused_with_both_lengths(checkpoint):
     model = llama.load(checkpoint, TOKENIZER, max_seq_len=8)
-    with pytest.raises(llama.UserError, match=r"\d+ tokens .* 8: .*--max_seq_len"):
-        model.generate(["Once upon a time there was a fox in a forest"], 5)
+    for run in (model.generate, model.stream):
+        with pytest.raises(llama.UserError, match=r"\d+ tokens .* 8: .*`max_seq_len`"):
+            run("Once upon a time there was a fox in a forest", 5)
+        with pytest.raises(llama.UserError, match="8 tokens .* 8: .*`max_seq_len`"):
+            model.stream([5] * 8, 5)
 
 
-def test_a_long_prompt_is_prefilled_in_pieces_to_the_same_text(model, monkeypatch):
-    prompt = "The fox and the rabbit. " * 30
-    (expected,) = model.generate([prompt], 10, temperature=0)
-    monkeypatch.setattr("llama.generation.PREFILL_TOKENS", 50)
-    assert model.generate([prompt], 10, temperature=0) == [expected]
+def test_a_seed_draws_the_same_text_again_and_another_seed_another(model):
+    texts = [model.generate(["Once"] * 2, 20, seed=seed) for seed in (1, 1, 2, None, None)]
+    assert texts[0] == texts[1]
+    assert len({text for pair in texts for text in pair}) == 8
 
 
-def test_each_sequences_cache_is_as_long_as_it_may_become(model):
-    args = model.model.args
-    cache = model.context(range(10), 100).cache
-    head_dim = PARAMS["dim"] // PARAMS["n_heads"]
-    assert cache.values.shape == (args.n_layers, args.n_heads, 2 * 64, head_dim)
-    assert cache.keys.numel() == cache.values.numel()
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 5}])
+@pytest.mark.parametrize("prompt", ["Once upon a time", "déjà vu 🙂", " a space, two  spaces", ""])
+def test_the_stream_of_a_text_or_its_ids_joins_to_what_generate_returns(model, prompt, options):
+    tokens = model.tokenizer.encode(prompt, bos=True, eos=False)
+    (whole,) = model.generate(prompt, 20, **options)
+    for given in (prompt, tokens, torch.tensor(tokens)):
+        assert "".join(model.stream(given, 20, **options)) == whole
 
 
-def test_a_seed_reproduces_and_another_does_not(model):
-    def draw(seed: int) -> list[str]:
-        return model.generate(PROMPTS[:2], 20, temperature=1.0, top_p=1.0, seed=seed)
+def test_the_stream_computes_no_more_than_is_asked_for(model):
+    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
+    pieces = model.stream(tokens, 20, temperature=0, prompt_lookup=0)
+    for _ in tokens:
+        next(pieces)
+    assert model.timings.prompt_tokens == 0  # the prompt is shown before it is computed
+    next(pieces)
+    next(pieces)
+    assert (model.timings.prompt_tokens, model.timings.new_tokens) == (len(tokens), 1)
 
-    assert draw(1) == draw(1) != draw(2)
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"top_a": 1}, {"temperature": "hot"}, {"max_gen_len": 2.5}, {"top_k": True}, {"seed": "1"}],
+)
+def test_an_unknown_option_or_a_wrong_type_is_named(model, wrong):
+    for run in (model.generate, model.stream):
+        with pytest.raises(ValueError, match=rf"\b{next(iter(wrong))}\b"):
+            run("Once", **{"max_gen_len": 3} | wrong)
+
+
+def test_prompts_that_are_neither_text_nor_ids_are_refused(model):
+    for prompts in (5, None, [5], [None]):
+        with pytest.raises(ValueError, match="`prompts?` must be"):
+            model.generate(prompts, 3)
+    for prompt in (5, None, [], ["Once"], [1, 2048], [1, -1], [1.5]):
+        with pytest.raises(ValueError, match="`prompt` must be"):
+            model.stream(prompt, 3)

@@ -4,80 +4,62 @@ import math
 
 import pytest
 import torch
-from conftest import HIDDEN, PARAMS, TOKENIZER
+from conftest import (
+    GROUPED,
+    PARAMS,
+    TOKENIZER,
+    random_weights,
+    relative_error,
+    to_transformers,
+    write_shards,
+)
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.profiler import ProfilerActivity, profile
 
 import llama
+from llama.cache import KVCache
 
 TOKENS = torch.randint(3, 2048, (3, 40), generator=torch.Generator().manual_seed(1))
+LONG = torch.randint(3, 2048, (170,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module", params=[PARAMS, GROUPED], ids=["multi-head", "grouped-query"])
+def params(request) -> dict:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint) -> llama.Transformer:
-    return llama.load(checkpoint, TOKENIZER).model
+def state(params) -> dict[str, Tensor]:
+    return random_weights(params=params)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+@pytest.fixture(scope="module")
+def model(params, state, tmp_path_factory) -> llama.Transformer:
+    folder = write_shards(tmp_path_factory.mktemp("model"), state, 1, params)
+    return llama.load(folder, TOKENIZER).model
 
 
-def to_huggingface(weights: dict[str, Tensor]) -> LlamaForCausalLM:
-    """transformers' model: other names, and heads' pairs (j, j + head_dim / 2) for (2j, 2j + 1)."""
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=PARAMS["dim"],
-        intermediate_size=HIDDEN,
-        num_hidden_layers=PARAMS["n_layers"],
-        num_attention_heads=PARAMS["n_heads"],
-        rms_norm_eps=PARAMS["norm_eps"],
-        rope_theta=10000.0,
-        tie_word_embeddings=False,
-    )
-    names = {
-        "tok_embeddings": "model.embed_tokens",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "output": "lm_head",
-    }
-    state = {}
-    for name, weight in weights.items():
-        if name == "rope.freqs":
-            continue
-        weight = weight.float()
-        if "wq" in name or "wk" in name:
-            pairs = weight.view(PARAMS["n_heads"], -1, 2, PARAMS["dim"])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        prefix = "model." if name.startswith(("layers", "norm")) else ""
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        state[prefix + name] = weight
-    peer = LlamaForCausalLM(config).eval()
-    peer.load_state_dict(state)
-    return peer
+@pytest.fixture(scope="module")
+def naive(params, state) -> Tensor:
+    """Logits of every position of LONG."""
+    return naive_logits(state, LONG, params)
 
 
-def naive_logits(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Tensor:
     """The paper's formulas on one sequence, without a cache: (seqlen, vocab_size), in fp64."""
     w = {name.removesuffix(".weight"): weight.double() for name, weight in weights.items()}
-    seqlen, n_heads = len(tokens), PARAMS["n_heads"]
-    head_dim = PARAMS["dim"] // n_heads
+    seqlen, n_heads = len(tokens), params["n_heads"]
+    head_dim, n_kv_heads = params["dim"] // n_heads, params.get("n_kv_heads", n_heads)
+    theta = params.get("rope_theta", 10000)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + PARAMS["norm_eps"]).sqrt() * w[name]
+        return x / (x.square().mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
 
-    def rotate(x: Tensor) -> Tensor:  # (seqlen, n_heads, head_dim)
+    def rotate(x: Tensor) -> Tensor:  # (seqlen, heads, head_dim)
         out = torch.empty_like(x)
         for m in range(seqlen):
             for j in range(head_dim // 2):
-                angle = m * 10000 ** (-2 * j / head_dim)
+                angle = m * theta ** (-2 * j / head_dim)
                 cos, sin = math.cos(angle), math.sin(angle)
                 a, b = x[m, :, 2 * j], x[m, :, 2 * j + 1]
                 out[m, :, 2 * j] = a * cos - b * sin
@@ -85,14 +67,15 @@ def naive_logits(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
         return out
 
     h = w["tok_embeddings"][tokens]
-    for layer in range(PARAMS["n_layers"]):
+    for layer in range(params["n_layers"]):
         at = f"layers.{layer}."
         x = norm(h, at + "attention_norm")
         q, k, v = (
-            (x @ w[f"{at}attention.{name}"].T).view(seqlen, n_heads, head_dim)
+            (x @ w[f"{at}attention.{name}"].T).view(seqlen, -1, head_dim)
             for name in ("wq", "wk", "wv")
         )
-        scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k)) / math.sqrt(head_dim)
+        k, v = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (rotate(k), v))
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head_dim)
         future = torch.ones(seqlen, seqlen).triu(1).bool()
         attended = scores.masked_fill(future, -math.inf).softmax(-1)
         x = torch.einsum("hqk,khd->qhd", attended, v).flatten(1)
@@ -104,81 +87,116 @@ def naive_logits(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return norm(h, "norm") @ w["output"].T
 
 
-def test_prefill_agrees_with_transformers(model, weights):
-    with torch.no_grad():
-        expected = to_huggingface(weights)(TOKENS).logits[:, -1]
-    assert relative_error(model(TOKENS, 0), expected) < 1e-4
+def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
+    """Logits of every token, which the cache holds afterwards."""
+    with torch.inference_mode():
+        return model.output(model.hidden([tokens], [start], [cache]))
 
 
-def test_each_decoded_token_agrees_with_transformers(model, weights):
+def test_a_prompt_and_each_decoded_token_agree_with_transformers(model, state, params):
     with torch.no_grad():
-        expected = to_huggingface(weights)(TOKENS).logits
-    model(TOKENS[:, :5], 0)
+        expected = to_transformers(state, params)(TOKENS).logits
+    assert relative_error(model(TOKENS[:, :5], 0), expected[:, 4]) < 1e-4
     for position in range(5, TOKENS.shape[1]):
         logits = model(TOKENS[:, position : position + 1], position)
         assert relative_error(logits, expected[:, position]) < 1e-4
 
 
-def test_every_position_agrees_with_the_naive_forward(model, weights):
-    tokens = TOKENS[0]
-    actual = model.output(model.hidden([tokens], [0], [None]))
-    assert relative_error(actual, naive_logits(weights, tokens)) < 1e-4
+def test_every_position_agrees_with_the_naive_model(model, naive):
+    assert relative_error(logits_of(model, LONG, 0, None), naive) < 1e-4
 
 
-@pytest.mark.parametrize("read", [2**23, 1])  # numbers of all heads at a time, and of one
-def test_a_prompt_in_pieces_agrees_with_the_naive_forward(model, weights, monkeypatch, read):
-    monkeypatch.setattr("llama.cache.READ", read)
-    expected = naive_logits(weights, TOKENS[0])
-    for start, end in [(0, 7), (7, 8), (8, 25), (25, 40)]:
-        logits = model(TOKENS[:1, start:end], start)
-        assert relative_error(logits[0], expected[end - 1]) < 1e-4
+@pytest.mark.parametrize("n_new", [1, 2, 8, 64, 65])
+@pytest.mark.parametrize("start", [1, 60, 100])
+def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, start, n_new):
+    cache = model.new_cache(200)
+    logits_of(model, LONG[:start], 0, cache)
+    end = start + n_new
+    assert relative_error(logits_of(model, LONG[start:end], start, cache), naive[start:end]) < 1e-4
 
 
-def test_sequences_that_begin_anew_each_with_its_own_start(model):
-    rows = [TOKENS[0, :7], TOKENS[1, :3]]
-    expected = [model(row[None], 0) for row in rows]
-    torch.testing.assert_close(model(rows, [0, 0]), torch.cat(expected))
+def test_a_cache_grows_beyond_the_length_it_was_made_for(model, naive):
+    cache = model.new_cache(1)
+    for start, end in [(0, 7), (7, 8), (8, 100), (100, 101), (101, 170)]:
+        logits = logits_of(model, LONG[start:end], start, cache)
+        assert relative_error(logits, naive[start:end]) < 1e-4
 
 
-def test_what_is_beyond_the_last_position_is_refused(model):
-    tokens = torch.ones(1, model.args.max_seq_len - 2, dtype=torch.int64)
-    model(tokens, 0)
+def test_sequences_of_one_pass_do_not_see_each_other(model, naive):
+    starts, ends = [0, 100, 99, 30], [20, 108, 100, 170]
+    caches = [model.new_cache(170) for _ in starts]
+    for start, cache in zip(starts, caches):
+        if start:
+            logits_of(model, LONG[:start], 0, cache)
+    rows = [LONG[start:end] for start, end in zip(starts, ends)]
+    with torch.inference_mode():
+        logits = model.output(model.hidden(rows, starts, caches))
+    expected = torch.cat([naive[start:end] for start, end in zip(starts, ends)])
+    assert relative_error(logits, expected) < 1e-4
+
+
+def test_positions_beyond_the_context_are_refused(model):
+    n_tokens = model.args.max_seq_len - 2
+    model(torch.ones(1, n_tokens, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match="max_seq_len"):
-        model(TOKENS[:1, :3], tokens.shape[1])
+        model(TOKENS[:1, :3], n_tokens)
 
 
-def test_logits_are_fp32_of_the_last_position(checkpoint):
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = llama.load(checkpoint, TOKENIZER).model
-    finally:
-        torch.set_default_dtype(torch.float32)
-    logits = model(TOKENS, 0)
-    assert logits.dtype == torch.float32
-    assert logits.shape == (3, 2048)
-    assert {weight.dtype for weight in model.state_dict().values()} == {torch.bfloat16}
-    assert model.caches[0].keys.dtype == torch.bfloat16
+def test_a_long_cache_is_read_a_few_heads_at_a_time():
+    args = llama.ModelArgs(
+        dim=256, n_heads=4, n_kv_heads=2, n_layers=1, vocab_size=9, multiple_of=1, max_seq_len=2**17
+    )
+    torch.manual_seed(0)
+    model = llama.Transformer(args)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    start, end = 70000, 70065
+    cache = model.new_cache(end)
+    cache.update(0, 0, torch.randn(start, 2, 64), torch.randn(start, 2, 64))
+    assert len(list(cache.read(0, start))) == 2
+    tokens = torch.arange(end - start) % 9
+    together = logits_of(model, tokens, start, cache)
+    one_by_one = [logits_of(model, tokens[n : n + 1], start + n, cache) for n in range(end - start)]
+    assert relative_error(together, torch.cat(one_by_one)) < 1e-4
 
 
-def test_the_cache_holds_the_tokens_in_use_and_no_more(model):
-    model(TOKENS, 0)
-    head_dim = PARAMS["dim"] // PARAMS["n_heads"]
-    n_positions = math.ceil(TOKENS.shape[1] / 64) * 64
-    expected = (PARAMS["n_layers"], PARAMS["n_heads"], n_positions, head_dim)
-    assert [cache.values.shape for cache in model.caches] == [expected] * 3
-    assert [cache.keys.numel() for cache in model.caches] == [math.prod(expected)] * 3
+def test_evicted_positions_leave_no_trace_in_a_model_of_one_layer(tmp_path):
+    # With more layers, what remains has attended to what was evicted.
+    params = GROUPED | {"n_layers": 1}
+    weights = random_weights(params=params)
+    model = llama.load(write_shards(tmp_path, weights, 1, params), TOKENIZER).model
+    cache = model.new_cache(150)
+    logits_of(model, LONG[:150], 0, cache)
+    model.evict(cache, 10, 75, 150)
+    kept = torch.cat([LONG[:10], LONG[75:]])
+    expected = naive_logits(weights, kept, params)[85:]
+    assert relative_error(logits_of(model, kept[85:], 85, cache), expected) < 1e-4
+
+
+@pytest.mark.parametrize("n_new", [1, 8])
+def test_a_few_tokens_do_not_copy_the_cache(n_new):
+    args = llama.ModelArgs(
+        dim=512, n_heads=4, n_kv_heads=2, n_layers=1, vocab_size=64, max_seq_len=8192
+    )
+    model = llama.Transformer(args)
+    cache = model.new_cache(8000)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        logits_of(model, torch.ones(n_new, dtype=torch.int64), 7000, cache)
+    largest = max(event.self_cpu_memory_usage for event in run.events())
+    assert 0 < largest < cache.keys.nbytes / 2
 
 
 def test_the_published_sizes_have_the_published_parameter_counts():
-    sizes = {  # Table 2 of arXiv 2302.13971
-        6.7e9: (4096, 32, 32),
-        13.0e9: (5120, 40, 40),
-        32.5e9: (6656, 52, 60),
-        65.2e9: (8192, 64, 80),
+    sizes = {  # arXiv 2302.13971, table 2; Llama 2 70B and Code Llama 34B
+        6.7e9: {"dim": 4096, "n_heads": 32, "n_layers": 32},
+        13.0e9: {"dim": 5120, "n_heads": 40, "n_layers": 40},
+        32.5e9: {"dim": 6656, "n_heads": 52, "n_layers": 60},
+        65.2e9: {"dim": 8192, "n_heads": 64, "n_layers": 80},
+        34.0e9: {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "n_layers": 48},
+        69.0e9: {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80}
+        | {"multiple_of": 4096, "ffn_dim_multiplier": 1.3},
     }
-    for n_params, (dim, n_heads, n_layers) in sizes.items():
-        args = llama.ModelArgs(dim=dim, n_heads=n_heads, n_layers=n_layers, vocab_size=32000)
+    for n_params, params in sizes.items():
         with torch.device("meta"):
-            model = llama.Transformer(args)
-        count = sum(weight.numel() for weight in model.parameters())
-        assert abs(count / n_params - 1) < 0.01
+            model = llama.Transformer(llama.ModelArgs(**params, vocab_size=32000))
+        assert sum(w.numel() for w in model.parameters()) == pytest.approx(n_params, rel=0.01)

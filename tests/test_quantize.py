@@ -1,369 +1,270 @@
-"""int8, int4 and bf16 weights against fp32 ones."""
+"""int8 and int4 weights: how they are rounded, what is kept exact, and how they are stored."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, TOKENIZER, random_weights, write_shards
-from torch import nn
+from conftest import DEMO, PARAMS, ROOT, TOKENIZER, random_weights, relative_error, write_shards
+from test_linear import dequantized, normal
 
 import llama
-from llama import linear, tune
-from llama.checkpoint import merge
-from llama.linear import BF16Linear, FP32Linear, Int4Linear, Int8Linear, hadamard, mix
-from llama.quantize import rotate
+from llama.checkpoint import SCHEMES, empty_model
+from llama.merge import open_shards, write_merged
+from llama.quantization.calibration import calibration_tokens, input_directions
+from llama.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-TOKENS = torch.randint(3, 2048, (2, 48), generator=torch.Generator().manual_seed(1))
-WAYS = {  # and how far each may be from the product with the matrix that its form holds
-    (FP32Linear, "rows", "plain"): 1e-6,
-    (FP32Linear, "rows", "onednn_rows"): 1e-6,
-    (FP32Linear, "bags", "bags"): 1e-6,
-    (FP32Linear, "bags", "onednn_blocks"): 1e-6,
-    (FP32Linear, "bags", "unpack"): 1e-6,
-    (BF16Linear, "rows", "plain"): 0.01,
-    (BF16Linear, "rows", "onednn_rows"): 0.01,
-    (BF16Linear, "rows", "unpack"): 0.005,
-    (BF16Linear, "onednn", "onednn"): 0.01,
-    (BF16Linear, "fbgemm", "fbgemm"): 0.005,
-    (Int8Linear, "rows", "int8pack"): 0.01,
-    (Int8Linear, "rows", "unpack"): 1e-6,
-    (Int8Linear, "onednn", "onednn"): 0.02,
-    (Int8Linear, "fbgemm", "fbgemm"): 2e-4,
-    (Int4Linear, "rows", "int_mm"): 0.02,
-    (Int4Linear, "rows", "unpack"): 1e-6,
-    (Int4Linear, "int4pack", "int4pack"): 0.01,
-    (Int4Linear, "int4pack", "int_mm"): 0.02,
-    (Int4Linear, "int4pack", "unpack"): 1e-6,
+TOKENS = torch.randint(3, 2000, (4, 24), generator=torch.Generator().manual_seed(1))
+WEIGHT_KINDS = {
+    "normal": normal(128, 256),
+    "uniform": torch.rand(160, 96, generator=torch.Generator().manual_seed(0)) - 0.3,
+    "heavy tails": normal(48, 64) ** 5,
+    "rows of all sizes": normal(64, 128) * torch.logspace(-6, 3, 64)[:, None],
 }
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.float() - expected).norm() / expected.norm()).item()
-
-
-def made(form: type[linear.Form], weight: torch.Tensor, layout: str = "rows") -> linear.Form:
-    """A module of this form that holds the matrix; skips where this CPU has no such layout."""
-    try:
-        module = form(*weight.shape)
-        floats = form in (FP32Linear, BF16Linear)
-        module.load_state_dict({"weight": weight} if floats else form.quantize(weight))
-        module.pack(layout)
-        return module
-    except tune.UNAVAILABLE as error:
-        pytest.skip(f"not on this CPU: {error}")
-
-
-def dense(module: linear.Form) -> torch.Tensor:
-    """The matrix that the module stands for, from its rows."""
-    rows = []
-    for where, block in module.blocks():
-        scale = module.scale(where)
-        rows.append(block.float() if scale is None else block.float() * scale[:, None])
-    return torch.cat(rows)
-
-
-def test_int8_is_the_nearest_multiple_of_each_rows_scale():
-    weight = torch.randn(64, 128)
-    scales = weight.abs().amax(1) / 127
-    expected = (weight / scales[:, None]).round() * scales[:, None]
-    torch.testing.assert_close(dense(made(Int8Linear, weight)), expected)
-
-
-@pytest.mark.parametrize("shape", [(128, 256), (160, 96), (48, 64)])
-def test_int4_errs_as_rounding_to_each_groups_steps_does(shape):
-    weight = torch.randn(shape)
-    group = linear.group_size(shape[1])
-    q = Int4Linear.quantize(weight)
-    step = q["groups"][..., 0].float() * q["scales"][:, None]
-    error = (dense(made(Int4Linear, weight)) - weight).unflatten(1, (-1, group))
-    # Clipping trades a larger error at a group's ends for a smaller one elsewhere.
-    assert error.square().mean() < 1.2 * (step.square() / 12).mean()
-    assert error.abs().amax() < 4 * step.amax()
-
-
-def test_int4_clips_each_group_to_the_least_squared_error(monkeypatch):
-    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
-
-    def error() -> float:
-        return (dense(made(Int4Linear, weight)) - weight).square().sum().item()
-
-    clipped = error()
-    monkeypatch.setattr(linear, "CLIPS", (1.0,))
-    assert clipped < 0.89 * error()  # 0.91 if steps did not weigh in
-
-
-def test_int4_groups_fit_int8_exactly():
-    weight = torch.randn(64, 128) * torch.logspace(-3, 0, 64)[:, None]
-    for _, block in made(Int4Linear, weight).blocks():
-        assert block.dtype == torch.int8
-    q = Int4Linear.quantize(weight)
-    step, low = q["groups"].int().unbind(2)
-    assert (15 * step + low <= 127).all()
-    stored = torch.stack([q["weight"] & 15, q["weight"] >> 4], 2).flatten(1)
-    repeated = q["groups"].repeat_interleave(64, 1).float()
-    expected = (stored * repeated[..., 0] + repeated[..., 1]) * q["scales"][:, None]
-    torch.testing.assert_close(dense(made(Int4Linear, weight)), expected)
-
-
-@pytest.fixture
-def without_vnni(monkeypatch):
-    monkeypatch.setattr(linear, "int8_is_exact", lambda: False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_tokens", [1, 5, 40])
-@pytest.mark.parametrize(("form", "layout", "way"), WAYS)
-def test_every_way_multiplies_by_the_same_matrix(request, form, layout, way, n_tokens, dtype):
-    if layout == "fbgemm":
-        request.getfixturevalue("without_vnni")
-    if form in (FP32Linear, BF16Linear) and dtype != form.dtype:
-        pytest.skip("these weights come with activations of their own type")
-    weight = torch.randn(128, 256)
-    x = torch.randn(n_tokens, 256).to(dtype)
-    expected = x.float() @ dense(made(form, weight)).t()
-    try:
-        y = getattr(made(form, weight, layout), way)(x)
-    except tune.UNAVAILABLE as error:
-        pytest.skip(f"not on this CPU: {error}")
-    assert y.dtype == dtype
-    rounding = 0.005 if dtype == torch.bfloat16 else 0
-    assert relative_error(y, expected) < WAYS[form, layout, way] + rounding
-
-
-def test_all_ways_are_tested():
-    forms = {form for form, *_ in WAYS}
-    ways = {
-        (f, layout, way)
-        for f in forms
-        for layout in made(f, torch.ones(64, 64)).layouts
-        for way in made(f, torch.ones(64, 64)).layouts[layout]
-    }
-    assert ways == WAYS.keys()
-
-
-def test_a_matrix_is_packed_in_pieces_that_join(monkeypatch, without_vnni):
-    monkeypatch.setattr(linear, "PIECE", 64 * 256)
-    weight, x = torch.randn(150, 256), torch.randn(3, 256)
-    for form in (BF16Linear, Int8Linear):
-        module = made(form, weight, "fbgemm")
-        assert len(module.packed) == 3
-        assert relative_error(module.fbgemm(x), x @ dense(made(form, weight)).t()) < 2e-4
-
-
-@pytest.mark.parametrize("way", FP32Linear.layouts["bags"])
-def test_bags_need_not_be_full(way):
-    weight, x = torch.randn(linear.BAG + 22, 256), torch.randn(3, 256)
-    y = getattr(made(FP32Linear, weight, "bags"), way)(x)
-    assert relative_error(y, x @ weight.t()) < 1e-6
-
-
-def test_weights_beyond_fp16_stay_bf16():
-    module = made(BF16Linear, torch.full((64, 64), 1e5))
-    tune.settle(module, "fbgemm", ((1, "fbgemm"),))
-    assert torch.equal(module(torch.ones(1, 64)), torch.full((1, 64), 64 * 99840.0))
-
-
-def test_rows_that_the_8_bit_operator_would_read_past_are_multiplied_otherwise(monkeypatch):
-    choose = tune.choose
-    model = nn.Sequential(*(made(Int8Linear, torch.randn(40, n)) for n in (64, 40)))
-    monkeypatch.setattr(tune, "SMALL", 0)
-    monkeypatch.setattr(tune, "choose", lambda module: ("rows", ((1, module.layouts["rows"][0]),)))
-    tune.tune(model)
-    assert [module.plan for module in model] == [((1, "int8pack"),), ((1, "unpack"),)]
-    assert "int8pack" not in {way for _, way in choose(model[1])[1]}
-    with pytest.raises(RuntimeError):
-        model[1].int8pack(torch.ones(1, 40))
-
-
-@pytest.mark.parametrize("n_tokens", [1, 5])
-@pytest.mark.parametrize(
-    ("form", "layout", "way"),
-    [(Int8Linear, "onednn", "onednn"), (Int4Linear, "int4pack", "int_mm")],
-)
-def test_int8_activations_are_rounded_to_one_scale_a_token_and_by_nothing_else(
-    form, layout, way, n_tokens
-):
-    weight, x = torch.randn(128, 256), torch.randn(n_tokens, 256)
-    module = made(form, weight, layout)
-    s = x.abs().amax(1, keepdim=True) / 127
-    expected = (x / s).round() * s @ dense(made(form, weight)).t()
-    try:
-        y = getattr(module, way)(x)
-    except tune.UNAVAILABLE as error:
-        pytest.skip(f"not on this CPU: {error}")
-    assert relative_error(y, expected) < 1e-6
-
-
-def test_fbgemm_sums_the_largest_numbers_without_overflow_and_keeps_small_ones(without_vnni):
-    module = made(Int8Linear, torch.full((64, 256), 127.0), "fbgemm")
-    x = torch.randn(8, 256)
-    x[0] = 63
-    x[1:, 3] *= 100  # an outlier channel, as real models have
-    expected = x @ torch.full((256, 64), 127.0)
-    assert torch.equal(module.fbgemm(x)[0], expected[0])
-    assert relative_error(module.fbgemm(x), expected) < 1e-3
-
-
-@pytest.mark.parametrize(("exact", "layout"), [(True, "fbgemm"), (False, "onednn")])
-def test_int8_has_a_layout_for_vnni_and_another_for_cpus_without(monkeypatch, exact, layout):
-    monkeypatch.setattr(linear, "int8_is_exact", lambda: exact)
-    with pytest.raises(RuntimeError, match="another CPU"):
-        made(Int8Linear, torch.randn(64, 64)).pack(layout)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("form", "layout", "way"),
-    [(Int8Linear, "onednn", "onednn"), (Int4Linear, "rows", "int_mm")],
-)
-def test_what_several_matrices_multiply_is_rounded_once(form, layout, way, dtype):
-    modules = [made(form, torch.randn(64, 64), layout) for _ in range(3)]
-    x, misses = torch.randn(5, 64).to(dtype), linear.round_activations.cache_info().misses
-    for module in modules:
-        getattr(module, way)(x)
-    assert linear.round_activations.cache_info().misses == misses + 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounded", [linear.round_activations, linear.round_twice])
-def test_one_matrix_of_activations_is_rounded_once_and_others_are_not_taken_for_it(rounded, dtype):
-    x = torch.randn(2, 64).to(dtype)
-    first = rounded(x)
-    assert rounded(x) is first
-    q, s = rounded(x.clone().mul_(-2))
-    assert not torch.equal(q, first[0])
-    torch.testing.assert_close(s, 2 * first[1])
-
-
-def test_a_missing_operator_leaves_the_plain_way(monkeypatch):
-    def missing(self, x):
-        raise RuntimeError("not implemented for this CPU")
-
-    for way in ("int8pack", "onednn", "fbgemm"):
-        monkeypatch.setattr(Int8Linear, way, missing)
-    assert tune.choose(made(Int8Linear, torch.randn(64, 64))) == ("rows", ((1, "unpack"),))
-
-
-def test_a_way_that_gives_a_wrong_result_is_not_taken(monkeypatch):
-    for way in ("int8pack", "onednn", "fbgemm"):
-        monkeypatch.setattr(Int8Linear, way, lambda self, x: x.new_zeros(len(x), 64))
-    assert tune.choose(made(Int8Linear, torch.randn(64, 64))) == ("rows", ((1, "unpack"),))
-
-
-def test_an_unknown_4_bit_layout_leaves_its_operator(monkeypatch):
-    def unknown():
-        raise RuntimeError("not known")
-
-    module = made(Int4Linear, torch.randn(128, 64), "int4pack")
-    monkeypatch.setattr(linear, "int4_layout", unknown)
-    monkeypatch.setattr(linear, "int8_is_exact", lambda: True)
-    x = torch.randn(3, 64)
-    for way in ("int_mm", "unpack"):
-        with pytest.raises(RuntimeError, match="not known"):
-            getattr(module, way)(x)
-    assert module.int4pack(x).shape == (3, 128)
-
-
-@pytest.mark.parametrize("dim", [128, 160, 5 * 1024, 13 * 512])
-def test_the_rotation_is_orthogonal(dim):
-    x = torch.randn(3, dim)
-    torch.testing.assert_close(rotate(x) @ rotate(x).t(), x @ x.t(), rtol=1e-4, atol=1e-2)
-
-
-def test_hadamard_matrices_are_orthogonal_signs():
-    h = hadamard(16)
-    torch.testing.assert_close(h @ h.t(), torch.eye(16))
-    assert (h.abs() == 0.25).all()
-
-
-@pytest.mark.parametrize("n", [5632, 160, 7])
-def test_mixing_both_sides_changes_nothing(n):
-    x, weight = torch.randn(3, n), torch.randn(5, n)
-    assert relative_error(mix(x) @ mix(weight).t(), x @ weight.t()) < 1e-5
-    torch.testing.assert_close(mix(mix(x)), x)
-
-
-def test_rotating_changes_nothing_in_fp32(checkpoint, weights, tmp_path):
-    """With gains folded and the residual stream turned, in fp32, against the plain model."""
-    dim = weights["norm.weight"].numel()
-    r = rotate(torch.eye(dim))
-    turned = {}
-    for name, weight in weights.items():
-        kind, weight = name.split(".")[-2], weight.float()
-        gains = {"wq": "attention_norm", "wk": "attention_norm", "wv": "attention_norm"}
-        gains |= {"w1": "ffn_norm", "w3": "ffn_norm"}
-        if kind in gains:
-            layer = ".".join(name.split(".")[:2])
-            turned[name] = weight * weights[f"{layer}.{gains[kind]}.weight"].float() @ r
-        elif kind == "output":
-            turned[name] = weight * weights["norm.weight"].float() @ r
-        elif kind == "tok_embeddings":
-            turned[name] = weight @ r
-        elif kind in ("wo", "w2"):
-            turned[name] = r.t() @ weight
-        else:
-            turned[name] = torch.ones_like(weight)
-    write_shards(tmp_path, turned, 1)
-    plain = llama.load(checkpoint, TOKENIZER).model(TOKENS, 0)
-    assert relative_error(llama.load(tmp_path, TOKENIZER).model(TOKENS, 0), plain) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("dtype", "quantize", "bound"),
-    [
-        (torch.bfloat16, None, 0.01),
-        (torch.float32, "int8", 0.02),
-        (torch.bfloat16, "int8", 0.02),
-        (torch.float32, "int4", 0.1),
-        (torch.bfloat16, "int4", 0.1),
-    ],
-)
-@pytest.mark.parametrize("timed", [False, True])
-def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound, timed, monkeypatch):
-    if timed:
-        monkeypatch.setattr(tune, "SMALL", 0)
-    model = llama.load(DEMO, TOKENIZER)
-    tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
-    expected = model.model(tokens, 0)
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> llama.LLaMA:
     torch.set_default_dtype(dtype)
     try:
-        model = llama.load(DEMO, TOKENIZER, quantize=quantize).model
+        return llama.load(folder, TOKENIZER, **options)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert relative_error(model(tokens, 0), expected) < bound
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_a_merged_quantized_checkpoint_is_the_one_quantized_at_load(checkpoint, tmp_path, quantize):
-    expected = llama.load(checkpoint, TOKENIZER, quantize=quantize).model.state_dict()
-    merge(checkpoint, tmp_path, quantize=quantize)
-    (tmp_path / "params.json").write_bytes((checkpoint / "params.json").read_bytes())
-    state = llama.load(tmp_path, TOKENIZER).model.state_dict()
-    assert state.keys() == expected.keys()
-    assert "layers.0.attention.wq.weight" in state
-    assert ("layers.0.attention.wq.groups" in state) == (quantize == "int4")
-    assert "layers.0.attention.wv.groups" not in state
-    written = torch.load(tmp_path / "merged.pth")
-    original = torch.load(checkpoint / "consolidated.00.pth")
-    assert torch.equal(written["rope.freqs"], original["rope.freqs"])
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor)
+def merged(source: Path, target: Path, quantize: str | None) -> Path:
+    write_merged(open_shards(source, copy_files=True), target, quantize=quantize)
+    return target
 
 
-def test_shards_quantize_to_what_their_whole_does(checkpoint, tmp_path):
-    write_shards(tmp_path, random_weights(), 4)
-    expected = llama.load(checkpoint, TOKENIZER, quantize="int8").model.state_dict()
-    state = llama.load(tmp_path, TOKENIZER, quantize="int8").model.state_dict()
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor)
+def assert_same_state(model: llama.LLaMA, expected: llama.LLaMA) -> None:
+    state, expected_state = model.model.state_dict(), expected.model.state_dict()
+    assert state.keys() == expected_state.keys()
+    for name, tensor in expected_state.items():
+        pair = [tensor, state[name]]
+        if tensor.layout != torch.strided:  # oneDNN's own
+            pair = [t.to_dense() for t in pair]
+        assert torch.equal(*pair), name
 
 
-@pytest.mark.parametrize(("quantize", "dtype"), [(None, torch.float32), ("int8", torch.float16)])
-def test_keys_and_values_are_kept_as_precisely_as_weights_deserve(quantize, dtype):
-    model, tokens = llama.load(DEMO, TOKENIZER, quantize=quantize).model, TOKENS.view(1, -1)[:, :80]
-    expected = model(tokens, 0)
-    cache = model.new_cache(80)
-    assert (cache.keys.dtype, cache.values.dtype) == (dtype, dtype)
-    model(tokens[:, :64], [0], [cache])
-    for position in range(64, 75):  # one token at a time, and then several
-        model(tokens[:, position : position + 1], [position], [cache])
-    y = model(tokens[:, 75:], [75], [cache])
-    assert relative_error(y, expected) < (0.02 if quantize else 1e-5)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, weights) -> Path:
+    folder = write_shards(tmp_path_factory.mktemp("original"), weights, 1)
+    shutil.copy(TOKENIZER, folder)  # by which merging, too, calibrates
+    return folder
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def scheme(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stored(scheme, original, tmp_path_factory) -> Path:
+    """The checkpoint, quantized and merged."""
+    return merged(original, tmp_path_factory.mktemp("merged") / scheme, scheme)
+
+
+def without_directions(cls: type[QuantizedLinear], weight: torch.Tensor) -> QuantizedLinear:
+    layer = cls(*weight.shape, n_directions=0)
+    layer.quantize(weight, torch.empty(0, weight.shape[1]))
+    return layer
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_int8_is_the_nearest_multiple_of_each_rows_scale(kind):
+    weight = WEIGHT_KINDS[kind]
+    layer = without_directions(Int8Linear, weight)
+    torch.testing.assert_close(layer.scales, weight.abs().amax(1) / 127)
+    half_a_step = layer.scales[:, None] / 2
+    assert ((dequantized(layer) - weight).abs() <= half_a_step * 1.0001).all()
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_int4_errs_less_than_rounding_between_the_ends_of_each_group(kind):
+    weight = WEIGHT_KINDS[kind]
+    layer = without_directions(Int4Linear, weight)
+    groups = weight.double().unflatten(1, (len(layer.groups), -1))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = (high - low) / 15
+    plain = ((groups - low) / step).round() * step + low
+    for rows in (slice(0, 8), slice(-8, None), slice(None)):  # of all sizes
+        error = (dequantized(layer) - weight)[rows].norm()
+        assert error < 0.97 * (plain - groups)[rows].norm()
+
+
+@pytest.fixture(scope="module")
+def inputs(original) -> dict[str, torch.Tensor]:
+    """What each matrix multiplies in fp32 when the model reads the calibration text."""
+    found, model = {}, load(original).model
+    for path, module in model.named_modules():
+        if path.endswith((".wq", ".wo", ".w1", ".w2", "output")):
+            module.register_forward_pre_hook(lambda _, x, path=path: found.update({path: x[0]}))
+    tokens = calibration_tokens(llama.Tokenizer(TOKENIZER), model.args.vocab_size)
+    with torch.inference_mode():
+        model.output(model.hidden([tokens], [0], [None]))
+    return found
+
+
+def test_the_directions_are_the_first_singular_vectors_of_what_a_matrix_multiplies(stored, inputs):
+    state = torch.load(stored / "merged.pth")
+    assert len(inputs) == 4 * PARAMS["n_layers"] + 1
+    for path, x in inputs.items():
+        directions = state[f"{path}.directions"].double()
+        n = len(directions)
+        assert relative_error(directions @ directions.t(), torch.eye(n)) < 0.005  # bf16
+        most = torch.linalg.svdvals(x.double())[:n].square().sum()
+        assert (x.double() @ directions.t()).square().sum() > 0.999 * most, path
+
+
+def test_of_an_input_of_low_rank_all_of_it_is_kept():
+    x = normal(20, 3) @ normal(3, 64, seed=1)
+    directions = input_directions(x, 16)
+    torch.testing.assert_close(x @ directions.t() @ directions, x, atol=1e-4, rtol=1e-4)
+    assert not directions[3:].any()
+    assert input_directions(x[:2], 16).shape == (16, 64)  # of fewer tokens
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory) -> Path:
+    """A model of which two channels of the residual stream carry 100 times what the others do.
+
+    At every token, and ten times that at <s>. As in real models, the weights that read them are
+    small in proportion. The embedding consists of integers, which int8 holds exactly.
+    """
+    weights, channels = random_weights(), [7, 100]
+    embedding = weights["tok_embeddings.weight"].mul_(2).round_()
+    embedding[:, channels] = 127
+    embedding[1] *= 10
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight *= 127 / 3 * math.sqrt(len(channels) / PARAMS["dim"])
+        elif name.split(".")[-2] in ("wq", "wk", "wv", "w1", "w3", "output"):
+            weight[:, channels] /= 127
+    return write_shards(tmp_path_factory.mktemp("massive"), weights, 1)
+
+
+def test_kept_directions_take_most_of_the_error_of_massive_activations(massive, scheme):
+    exact = load(massive).model
+    kept, bare = (load(massive, quantize=scheme).model for _ in range(2))
+    originals = torch.load(massive / "consolidated.00.pth")
+    for path, module in list(bare.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            layer = without_directions(type(module), originals[f"{path}.weight"].float())
+            layer.prepare()
+            bare.set_submodule(path, layer)
+    expected = exact(TOKENS, 0)
+    assert relative_error(kept(TOKENS, 0), expected) < relative_error(bare(TOKENS, 0), expected) / 5
+
+
+def test_matrices_of_one_input_share_their_directions(stored):
+    for layer in load(stored).model.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        assert attention.wq.directions is attention.wk.directions is attention.wv.directions
+        assert feed_forward.w1.directions is feed_forward.w3.directions
+        assert attention.wq.directions is not feed_forward.w1.directions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.07)])
+def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
+    model = load(DEMO)
+    tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
+    expected = model.model(tokens, 0)
+    logits = load(DEMO, dtype, quantize=quantize).model(tokens, 0)
+    assert logits.dtype == torch.float32
+    assert relative_error(logits, expected) < bound
+
+
+def test_a_merged_quantized_checkpoint_is_what_is_quantized_at_load(original, stored, scheme):
+    assert_same_state(load(stored), load(original, quantize=scheme))
+
+
+def test_shards_quantize_to_what_their_whole_does(original, tmp_path, scheme, weights):
+    write_shards(tmp_path, weights, 4)
+    assert_same_state(load(tmp_path, quantize=scheme), load(original, quantize=scheme))
+
+
+def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme, weights):
+    expected = {"quantized.format": (torch.uint8, (1,))}
+    for name in weights.keys() - {"rope.freqs"}:
+        path, shape = name.removesuffix(".weight"), tuple(weights[name].shape)
+        if "norm" in path:
+            expected[name] = (torch.float32, shape)
+            continue
+        n, m = shape
+        cls = Int4Linear if scheme == "int4" and path.startswith("layers") else Int8Linear
+        if path != "tok_embeddings":
+            k = len(cls(n, m).directions)
+            expected[f"{path}.directions"] = (torch.bfloat16, (k, m))
+            expected[f"{path}.corrections"] = (torch.bfloat16, (n, k))
+        if cls is Int4Linear:
+            expected[f"{path}.weight"] = (torch.uint8, (n, m // 2))
+            expected[f"{path}.groups"] = (torch.bfloat16, (m // 64, n, 2))
+        else:
+            expected[f"{path}.weight"] = (torch.int8, (n, m))
+            expected[f"{path}.scales"] = (torch.float32, (n,))
+    state = torch.load(stored / "merged.pth")
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in state.items()} == expected
+    assert state["quantized.format"].tolist() == [2]
+
+
+def test_a_matrix_without_int4_groups_is_int8(tmp_path):
+    params = PARAMS | {"dim": 144}  # not a multiple of 32
+    write_shards(tmp_path, random_weights(params=params), 1, params)
+    layer = load(tmp_path, quantize="int4").model.layers[0]
+    assert isinstance(layer.attention.wq, Int8Linear)
+    assert isinstance(layer.feed_forward.w2, Int4Linear)
+
+
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_a_checkpoint_that_another_version_quantized_is_refused(stored, tmp_path, version):
+    state = torch.load(stored / "merged.pth")
+    del state["quantized.format"]
+    if version is not None:
+        state["quantized.format"] = torch.tensor([version], dtype=torch.uint8)
+    torch.save(state, tmp_path / "merged.pth")
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    message = rf"{tmp_path}: .*another version.*format {version or 1}, not 2.*quantize the original"
+    with pytest.raises(llama.UserError, match=message):
+        load(tmp_path)
+
+
+def test_quantizing_twice_is_refused(stored, tmp_path, scheme):
+    with pytest.raises(llama.UserError, match="quantized already: leave out `quantize`"):
+        load(stored, quantize=scheme)
+    for name in ("merged.pth", "params.json"):
+        shard = tmp_path / name.replace("merged", "consolidated.00")
+        shard.write_bytes((stored / name).read_bytes())
+    with pytest.raises(llama.UserError, match="quantized already: leave out `quantize`"):
+        merged(tmp_path, tmp_path / "again", scheme)
+
+
+def test_int4_takes_at_most_063_bytes_a_weight_of_7b():
+    args = llama.ModelArgs(vocab_size=32000)
+    state = empty_model(replace(args, max_seq_len=1), "int4", {}).state_dict()
+    n_weights = sum(t.numel() for t in empty_model(args, None, {}).state_dict().values())
+    assert n_weights == 6_738_415_616
+    assert sum(t.nbytes for t in state.values()) < 0.63 * n_weights
+
+
+PEAK = """
+import sys, llama
+size = llama.load(*sys.argv[1:3], quantize=sys.argv[3]).weight_bytes
+print(size, open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_quantizing_holds_one_matrix_beside_the_quantized_weights(tmp_path, scheme):
+    params = PARAMS | {"dim": 1024, "multiple_of": 256, "n_layers": 9}  # 120 million weights
+    write_shards(tmp_path, random_weights(params=params), 1, params)
+    command = [sys.executable, "-c", PEAK, tmp_path, TOKENIZER, scheme]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    size, peak = map(int, subprocess.check_output(command, env=environment).split())
+    assert peak * 1024 < 1.05 * size + 4 * 1024 * 2816 + 4.5e8

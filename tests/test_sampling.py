@@ -4,41 +4,35 @@ import math
 
 import pytest
 import torch
-from conftest import TOKENIZER
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
 
 import llama
-from llama.generation import Sampling, penalize, sample
+from llama import Sampling
+from llama.sampling import penalize, sample
 
 N_DRAWS = 20000
-LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
+LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2
 SEEN = [3, 7, 7, 30, int(LOGITS.argmax())]
 
 
 def frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
     """How often each token is drawn."""
-    sampling = Sampling(1, seed=0, **options)
+    uniforms = torch.rand(N_DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = logits.expand(N_DRAWS, -1)
-    tokens = sample(rows, [SEEN] * N_DRAWS, sampling, sampling.generator())
-    return tokens.bincount(minlength=logits.shape[-1]) / N_DRAWS
+    tokens = sample(rows, [SEEN] * N_DRAWS, uniforms, Sampling(1, **options))
+    return tokens.bincount(minlength=len(logits)) / N_DRAWS
 
 
 def expected(logits: torch.Tensor, **options) -> torch.Tensor:
     """transformers' probabilities, its processors in its order."""
-    processors = LogitsProcessorList()
+    rows = logits[None].clone()
     if "repetition_penalty" in options:
-        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
-    processors.append(TemperatureLogitsWarper(options.get("temperature", 0.8)))
+        penalty = transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
+        rows = penalty(torch.tensor([SEEN]), rows)
+    rows = transformers.TemperatureLogitsWarper(options.get("temperature", 0.8))(None, rows)
     if "top_k" in options:
-        processors.append(TopKLogitsWarper(options["top_k"]))
-    processors.append(TopPLogitsWarper(options.get("top_p", 0.95)))
-    return processors(torch.tensor([SEEN]), logits.clone())[0].softmax(-1)
+        rows = transformers.TopKLogitsWarper(options["top_k"])(None, rows)
+    return transformers.TopPLogitsWarper(options.get("top_p", 0.95))(None, rows)[0].softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +41,7 @@ def expected(logits: torch.Tensor, **options) -> torch.Tensor:
         {},
         {"temperature": 1.5, "top_p": 1.0},
         {"top_p": 0.5},
+        {"temperature": 30.0, "top_p": 1.0},  # nearly flat
         {"top_k": 3, "top_p": 1.0},
         {"top_k": 10, "top_p": 0.7, "temperature": 1.2},
         {"repetition_penalty": 1.3},
@@ -61,7 +56,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(options):
 
 
 def test_the_penalty_is_that_of_transformers():
-    processor = RepetitionPenaltyLogitsProcessor(1.7)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(1.7)
     rows = torch.randn(2, 50, generator=torch.Generator().manual_seed(2))
     before = rows.clone()
     actual = penalize(rows, [SEEN, [1, 2]], 1.7)
@@ -70,46 +65,41 @@ def test_the_penalty_is_that_of_transformers():
     assert torch.equal(rows, before)
 
 
-def test_a_nucleus_beyond_the_256_most_probable_tokens_is_whole():
-    flat = torch.zeros(1, 1000)
-    assert (frequencies(flat, top_p=1.0) > 0).sum() == 1000
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_p": 0}])
-def test_the_most_probable_token_alone_is_left(options):
-    assert frequencies(LOGITS, **options)[LOGITS.argmax()] == 1
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_least_and_the_largest_random_number_draw_a_token_of_the_nucleus(uniform):
+    nucleus = expected(LOGITS, top_p=0.5).nonzero().flatten().tolist()
+    uniforms = torch.tensor([uniform], dtype=torch.float64)
+    assert sample(LOGITS[None], [[]], uniforms, Sampling(1, top_p=0.5)).item() in nucleus
 
 
 @pytest.mark.parametrize(
-    ("flag", "values"),
-    {
-        "temperature": [-0.1, math.inf, math.nan],
-        "top_p": [-0.1, 1.1, math.nan],
-        "top_k": [-1],
-        "repetition_penalty": [0, -1, math.inf, 1e39, 1e-40],
-        "max_gen_len": [-1],
-        "seed": [2**64],
-    }.items(),
+    "options", [{"temperature": 0}, {"temperature": 1e-30}, {"top_k": 1}, {"top_p": 0}]
 )
-def test_a_value_out_of_range_is_refused_with_its_flag(flag, values):
+def test_these_options_leave_the_most_probable_token_alone(options):
+    assert frequencies(LOGITS, **options)[LOGITS.argmax()] == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(bad):
+    logits = torch.tensor([[0.0, bad, 1.0]])
+    for temperature in (0, 1.0):
+        with pytest.raises(llama.UserError, match="not finite"):
+            sample(logits, [[]], torch.zeros(1), Sampling(1, temperature=temperature))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-0.1, math.inf, math.nan]),
+        ("top_p", [-0.1, 1.1, math.nan]),
+        ("top_k", [-1]),
+        ("repetition_penalty", [0, -1, math.inf, 1e39, 1e-40]),
+        ("max_gen_len", [-1]),
+        ("seed", [2**64]),
+        ("prompt_lookup", [-1, 65]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_name(name, values):
     for value in values:
-        with pytest.raises(llama.UserError, match=f"^--{flag} takes "):
-            Sampling(**{"max_gen_len": 1, flag: value})
-
-
-def test_a_seed_draws_the_same_text_again_and_another_seed_another(checkpoint):
-    model = llama.load(checkpoint, TOKENIZER)
-    texts = [model.generate(["Once upon a time"], 20, seed=seed)[0] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_the_penalty_covers_the_prompt_and_what_is_generated(checkpoint):
-    model = llama.load(checkpoint, TOKENIZER)
-    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
-    context = model.context(tokens, 30)
-    sampling = Sampling(30, temperature=0, repetition_penalty=1e9)
-    for _ in model.extend([context], sampling, sampling.generator()):
-        pass
-    new = context.tokens[len(tokens) :]
-    assert len(set(new)) == len(new) > 10
-    assert not set(new) & set(tokens)
+        with pytest.raises(llama.UserError, match=f"^`{name}` must be "):
+            Sampling(**{"max_gen_len": 1, name: value})

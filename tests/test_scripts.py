@@ -1,151 +1,188 @@
 """The three scripts as a user runs them, from a folder that is not the repository."""
 
-import subprocess
-import sys
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, TOKENIZER, write_shards
+from conftest import DEMO, ROOT, TOKENIZER, error_line, write_shards
 
 import llama
-from llama.cli import default_tokenizer
 
-RULE = b"\n\n==================================\n\n"
+RULE = f"\n\n{'=' * 34}\n\n"
+SCRIPTS = ["example-cpu.py", "example-chat.py", "merge-weights.py"]
+BOM = b"\xef\xbb\xbf"
 
 
-def greedy(folder, prompts: list[str], n: int, dtype: str = "float32") -> list[bytes]:
+@pytest.fixture(scope="module")
+def flags(checkpoint) -> list[str]:
+    return ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
+
+
+def greedy(folder: Path, prompts: list[str], n: int, dtype: str = "float32") -> str:
+    """What example-cpu.py prints, by the library."""
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         texts = llama.load(folder, TOKENIZER).generate(prompts, n, temperature=0)
     finally:
         torch.set_default_dtype(torch.float32)
-    return [text.encode() for text in texts]
+    return "".join(text + RULE for text in texts)
+
+
+# stdout and stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stdout_is_each_prompt_with_its_continuation_and_a_rule(run_script, checkpoint, dtype):
-    prompts = ["Once upon a time", "The end"]
-    flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--dtype", dtype]
-    flags += ["--temperature", 0, "--max_gen_len", 12]
-    done = run_script("example-cpu.py", *prompts, *flags)
+@pytest.mark.parametrize("prompts", [["Once upon a time", "The end"], ["déjà vu 🙂"]])
+def test_stdout_is_each_prompt_with_its_continuation_and_a_rule(
+    run_script, checkpoint, flags, prompts, dtype
+):
+    done = run_script("example-cpu.py", *prompts, *flags, "--dtype", dtype, "--max_gen_len", 12)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == b"".join(t + RULE for t in greedy(checkpoint, prompts, 12, dtype))
+    assert done.stdout.decode() == greedy(checkpoint, prompts, 12, dtype)
+    assert b"\r" not in done.stderr  # progress bars belong on a terminal
 
 
-def test_without_a_prompt_or_weights_the_demo_tells_the_meaning_of_life(run_script):
+def test_without_weights_the_demo_tells_a_story_and_stderr_says_so(run_script):
     done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 12)
-    (text,) = greedy(DEMO, ["I believe the meaning of life is"], 12)
-    assert done.stdout == text + RULE
-    assert str(DEMO).encode() in done.stderr
-
-
-def test_stderr_ends_with_the_timings(run_script, checkpoint):
-    flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--max_gen_len", 5]
-    last = run_script("example-cpu.py", *flags).stderr.decode().splitlines()[-1]
+    assert done.stdout.decode() == greedy(DEMO, ["Once upon a time"], 12)
+    notice, timings = done.stderr.decode().splitlines()
+    assert str(DEMO) in notice
     for part in ("loaded in", "prompt", "generated", "tokens/s", "peak memory", "GB"):
-        assert part in last
+        assert part in timings
 
 
-def test_weights_in_model_are_the_default(run_script, weights, tmp_path):
-    write_shards(tmp_path / "model", weights, 2)
+def test_weights_in_model_are_the_default_and_so_is_the_usual_prompt(run_script, weights, tmp_path):
+    folder = write_shards(tmp_path / "model", weights, 2)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    done = run_script("example-cpu.py", "a b", "--temperature", 0, "--max_gen_len", 5)
-    assert done.stdout == greedy(tmp_path / "model", ["a b"], 5)[0] + RULE
+    done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 5)
+    assert done.stdout.decode() == greedy(folder, ["I believe the meaning of life is"], 5)
     assert b"demo" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["example-cpu.py", "example-chat.py", "merge-weights.py"])
-def test_a_mistyped_flag_ends_in_usage_before_anything_is_loaded(run_script, script):
-    done = run_script(script, "--temprature", 1)
-    assert done.returncode == 2
-    assert done.stdout == b""
-    assert b"--temprature" in done.stderr
-    assert b"Usage" in done.stderr
-    assert b"demo" not in done.stderr
+def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
+    args = ["--ckpt_dir", DEMO, "--max_gen_len", 2, "--max_seq_len"]
+    assert b"warning" not in run_script("example-cpu.py", *args, 512).stderr
+    errors = run_script("example-cpu.py", *args, 600).stderr.decode()
+    assert re.findall("^warning: .* 512 .*--max_seq_len is 600", errors, re.MULTILINE)
+    assert errors.count("512 tokens") == 1
 
 
-def test_a_folder_without_weights_is_a_one_line_error(run_script, tmp_path):
-    done = run_script("example-cpu.py", "--ckpt_dir", tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert done.stderr.startswith(b"error: ")
-    assert done.stderr.count(b"\n") == 1
+# Text as people write it
 
 
-def test_merged_shards_continue_prompts_as_the_shards_do(run_script, weights, tmp_path):
-    folder = write_shards(tmp_path / "model" / "13B", weights, 2)
-    done = run_script("merge-weights.py", "--model_size", "13B")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == b""
-    expected = greedy(folder, ["Once upon a time"], 10)
-    for shard in folder.glob("*.pth"):
-        shard.unlink()
-    (tmp_path / "merged.pth").rename(folder / "merged.pth")
-    assert greedy(folder, ["Once upon a time"], 10) == expected
+@pytest.mark.parametrize("mark", [b"", BOM])
+def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_path, mark):
+    """Without a byte order mark, and with Windows' line ends as newlines."""
+    (tmp_path / "prompt.txt").write_bytes(mark + "Zwölf\r\nlines\r\n".encode())
+    args = ["-", "--prompt_file", "prompt.txt", *flags, "--max_gen_len", 8]
+    result = run_script("example-cpu.py", *args, input=mark + "einß\r\ntwo".encode())
+    assert result.stdout.decode() == greedy(checkpoint, ["einß\ntwo", "Zwölf\nlines\n"], 8)
+
+
+def test_a_byte_order_mark_before_a_message_is_not_text(run_script, flags):
+    args = [*flags, "--style", "complete", "--max_gen_len", 8]
+    plain = run_script("example-chat.py", *args, input=b"Once")
+    marked = run_script("example-chat.py", *args, input=BOM + b"Once\r\n/exit\r\nOnce")
+    assert plain.returncode == 0
+    assert marked.stdout == plain.stdout
+
+
+def test_a_locale_without_utf_8_changes_nothing(run_script, checkpoint, flags):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    prompt = "déjà vu"
+    done = run_script("example-cpu.py", prompt, *flags, "--max_gen_len", 8, env=env)
+    assert done.stdout.decode() == greedy(checkpoint, [prompt], 8)
+
+
+def test_a_prompt_that_is_not_utf_8_is_cleaned(run_script, checkpoint, flags):
+    done = run_script("example-cpu.py", os.fsdecode(b"a\xffb"), *flags, "--max_gen_len", 4)
+    assert done.stdout.decode() == greedy(checkpoint, ["a\ufffdb"], 4)
+
+
+# The command line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--", "--help"]])
+def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
+    done = run_script(script, *argv, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python {script} ")
+    signature = (ROOT / script).read_text().partition("def main(")[2].partition(") -> None")[0]
+    names = re.findall(r"^    (\w+): ", signature, re.MULTILINE)
+    assert names and all(f"\n  --{name}" in done.stdout for name in names)
+    assert "Examples:\n" in done.stdout
+    assert "None" not in done.stdout and "Optional" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_version_names_this_program_and_torch(run_script, script):
+    done = run_script(script, "--version", text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert llama.__version__ in done.stdout and torch.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--quantise", "--Quantize=int8", "-x"])
+def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, script, flag):
+    done = run_script(script, flag, "int8", text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there is no flag {flag.partition('=')[0]}" in done.stderr
+    assert ("did you mean --quantize?" in done.stderr) == ("uanti" in flag)
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_with_dashes_and_values_in_short_are_understood(run_script, checkpoint, tmp_path):
+    args = ["--ckpt-dir", checkpoint, "--tokenizer-path", TOKENIZER, "--max-gen-len=4", "a"]
+    for value in ("fp32", "FLOAT32", "bf16", "BFloat16"):
+        assert run_script("example-cpu.py", *args, "--dtype", value).returncode == 0, value
+    for value in ("8", "INT8", "4"):
+        done = run_script("example-cpu.py", *args, f"--quantize={value}")
+        assert done.returncode == 0, value
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "7B").symlink_to(checkpoint)
+    assert run_script("merge-weights.py", "--model_size=7b").returncode == 0
+
+
+def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, checkpoint, flags):
+    prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "True"]
+    argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led", "-"]
+    done = run_script("example-cpu.py", *argv, input=b"read")
+    assert done.stdout.decode() == greedy(checkpoint, [*prompts, "--led", "read"], 2)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("script", "argv", "said"),
     [
-        (["--overwrite=False"], "merged.pth exists"),
-        (["--overwrite=maybe"], "--overwrite takes True or False"),
-        (["--output_dir"], "--output_dir takes a text"),
-        (["--input_dir", "--quantize", "int8"], "--input_dir takes a text"),
+        ("example-cpu.py", ["--top_k", "many"], "--top_k must be an integer, not 'many'"),
+        ("example-cpu.py", ["--top_p", "1.5"], "--top_p must be "),
+        ("example-cpu.py", ["--temperature", "hot"], "--temperature must be a number"),
+        ("example-cpu.py", ["--temperature", "nan"], "--temperature must be "),
+        ("example-cpu.py", ["--threads", "0"], "--threads must be 1 or more"),
+        ("example-cpu.py", ["--max_seq_len", "0"], "--max_seq_len must be "),
+        ("example-cpu.py", ["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
+        ("example-cpu.py", ["--verbose=maybe"], "--verbose must be True or False"),
+        ("example-cpu.py", ["--prompt_file", "none.txt"], "--prompt_file none.txt"),
+        ("example-cpu.py", ["word " * 30, "--max_seq_len", "20"], "and the context 20"),
+        ("example-chat.py", ["Hello"], "'Hello' is not a flag"),
+        ("example-chat.py", ["--style", "poem"], "--style must be dialog or "),
+        ("merge-weights.py", ["7B"], "'7B' is not a flag"),
+        ("merge-weights.py", ["--model_size", "8B"], "--model_size must be 7B or 13B or"),
+        ("merge-weights.py", ["--input_dir", "nowhere"], "--input_dir and --model_size"),
     ],
 )
-def test_a_flag_of_merge_weights_is_taken_as_what_it_says(
-    run_script, checkpoint, tmp_path, flags, said
-):
-    (tmp_path / "merged.pth").write_text("mine")
-    given = ["--input_dir", checkpoint] if "--input_dir" not in flags else []
-    done = run_script("merge-weights.py", *given, *flags)
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"error: ") and said.encode() in done.stderr
-    assert done.stderr.count(b"\n") == 1
-    assert (tmp_path / "merged.pth").read_text() == "mine"
+def test_a_wrong_value_is_refused_in_one_line_with_its_flag(run_script, script, argv, said):
+    flags = [] if script == "merge-weights.py" else ["--ckpt_dir", DEMO]
+    assert said in error_line(run_script(script, *argv, *flags))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes them")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_a_stream_that_is_closed_stands_for_an_empty_one(checkpoint, tmp_path, closed):
-    flags = f"--ckpt_dir {checkpoint} --tokenizer_path {TOKENIZER} --temperature 0 --max_gen_len 5"
-    command = f"{sys.executable} {ROOT}/example-cpu.py Hello {flags} {closed}"
-    done = subprocess.run(["sh", "-c", command], check=False, cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0
-    assert done.stdout == (greedy(checkpoint, ["Hello"], 5)[0] + RULE if closed != ">&-" else b"")
-    assert b"Traceback" not in done.stderr
-
-
-def test_the_tokenizer_beside_the_scripts_is_found_as_the_weights_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("llama.cli.ROOT", tmp_path / "repo")
-    monkeypatch.chdir(tmp_path)
-    assert default_tokenizer(tmp_path) == Path("tokenizer/tokenizer.model")  # for the error's text
-    beside = tmp_path / "repo" / "tokenizer" / "tokenizer.model"
-    beside.parent.mkdir(parents=True)
-    beside.touch()
-    assert default_tokenizer(tmp_path) == beside
-
-
-def test_chat_answers_each_line_until_the_end_of_input(run_script, checkpoint):
-    flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--max_gen_len", 5]
-    done = run_script("example-chat.py", *flags, "--seed", 1, input=b"hello\nyou there?\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b"\n") >= 2
-    assert b"prompt>" not in done.stdout
-
-
-@pytest.mark.parametrize("text", [b"hello\\\n", b"hello\r\n/exit\r\nhello\n"])
-def test_chat_reads_windows_lines_and_a_last_one_that_would_go_on(run_script, checkpoint, text):
-    flags = ["--ckpt_dir", checkpoint, "--tokenizer_path", TOKENIZER, "--max_gen_len", 5]
-    done = run_script("example-chat.py", *flags, "--seed", 1, input=text)
-    assert done.returncode == 0
-    assert done.stderr.count(b"tokens/s") == 1
-    assert b"no such command" not in done.stderr
-
-
-def test_pytorch_says_nothing_of_a_numpy_that_is_not_installed():
-    code = "import sys; sys.modules['numpy'] = None; import llama"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    assert done.stderr == b""
+def test_a_flag_without_a_value_is_refused_in_one_line(run_script, tmp_path):
+    done = run_script("example-cpu.py", "--ckpt_dir", "--max_gen_len", 2)
+    assert error_line(done) == "error: --ckpt_dir needs a value"
+    done = run_script("merge-weights.py", "--input_dir", DEMO, "--output_dir")
+    assert error_line(done) == "error: --output_dir needs a value"
+    assert not list(tmp_path.iterdir())

@@ -1,12 +1,15 @@
-"""Text in pieces, as it comes."""
+"""The tokenizer: text to ids and back, at once and in pieces."""
 
 import random
 
 import pytest
 from conftest import TOKENIZER
+from sentencepiece import SentencePieceProcessor
 
 import llama
 
+SP = SentencePieceProcessor(model_file=str(TOKENIZER))
+ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049, "<|im": 2050}
 TEXTS = [
     "Hello, world!  Two spaces,\n\na blank line, and a tab\t.",
     "déjà vu, naïve, ça va, Ünïcödé",
@@ -17,69 +20,67 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> llama.Tokenizer:
-    return llama.Tokenizer(TOKENIZER)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint) -> llama.LLaMA:
-    return llama.load(checkpoint, TOKENIZER, max_seq_len=64)
+PLAIN = llama.Tokenizer(TOKENIZER)
+EXTENDED = llama.Tokenizer(TOKENIZER, ADDED, eos_ids=[2049])
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_of_a_text_join_to_it(tokenizer, text):
-    for bos in (True, False):
-        assert "".join(tokenizer.decode_stream(tokenizer.encode(text, bos=bos, eos=True))) == text
+def test_ids_are_those_of_sentencepiece_and_their_pieces_join_to_the_text(text):
+    for each in (PLAIN, EXTENDED):
+        ids = each.encode(text, bos=True, eos=True)
+        assert ids == [1, *SP.encode(text), 2]
+        assert "".join(each.decode_stream(ids)) == each.decode(ids[1:-1]) == text
 
 
-def test_pieces_of_any_ids_join_to_what_sentencepiece_decodes(tokenizer):
+def test_pieces_of_any_ids_join_to_what_sentencepiece_decodes():
     rng = random.Random(0)
-    ordinary = range(tokenizer.n_words)
-    byte_ids = [i for i in ordinary if tokenizer.sp_model.is_byte(i)]
-    special = [tokenizer.bos_id, tokenizer.eos_id, 0, *tokenizer.sp_model.encode(" ")]
+    ordinary = range(PLAIN.n_words)
+    byte_ids = [i for i in ordinary if SP.is_byte(i)]
+    special = [PLAIN.bos_id, PLAIN.eos_id, 0, *SP.encode(" ")]
     for _ in range(3000):
         kinds = rng.choices([ordinary, byte_ids, special], k=rng.randrange(12))
         ids = [rng.choice(kind) for kind in kinds]
-        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.sp_model.decode(ids), ids
+        assert "".join(PLAIN.decode_stream(ids)) == SP.decode(ids), ids
 
 
-def test_a_character_of_several_tokens_appears_when_it_is_whole(tokenizer):
-    ids = tokenizer.encode("a🙂b", bos=False, eos=False)
-    assert [*filter(None, tokenizer.decode_stream(ids))] == ["a", "🙂", "b"]
+def test_a_character_of_several_tokens_appears_when_it_is_complete():
+    ids = PLAIN.encode("a🙂b", bos=False, eos=False)
+    assert [*filter(None, PLAIN.decode_stream(ids))] == ["a", "🙂", "b"]
+    assert set(PLAIN.decode(ids[:-2])[1:]) == {"\ufffd"}  # it never is
 
 
-def test_a_final_incomplete_character_becomes_replacement_characters(tokenizer):
-    ids = tokenizer.encode("a🙂", bos=False, eos=False)[:-1]
-    *pieces, last = tokenizer.decode_stream(ids)
-    assert "".join(pieces) == "a"
-    assert set(last) == {"\ufffd"}
+def test_within_a_text_no_space_is_added_and_none_is_lost():
+    ids = PLAIN.encode("hello there", bos=False, eos=False)
+    assert "".join(PLAIN.decode_stream(ids, within=True)) == " hello there"
+    for text in ("hello", " hello", "\n\nhello"):
+        ids = PLAIN.encode(text, bos=False, eos=False, within=True)
+        assert "".join(PLAIN.decode_stream(ids, within=True)) == text
 
 
-def test_within_a_text_the_first_space_stays(tokenizer):
-    ids = tokenizer.encode("hello there", bos=False, eos=False)
-    assert "".join(tokenizer.decode_stream(ids, within=True)) == " hello there"
+def test_the_text_of_special_tokens_does_not_become_their_ids():
+    ids = EXTENDED.encode("<s>a</s>", bos=False, eos=False)
+    assert not {1, 2} & set(ids)
+    assert EXTENDED.decode(ids) == "<s>a</s>"
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 5}])
-def test_the_stream_joins_to_what_generate_returns(model, options):
-    for prompt in TEXTS[:3]:
-        tokens = model.tokenizer.encode(prompt, bos=True, eos=False)
-        (whole,) = model.generate([prompt], 20, **options)
-        assert "".join(model.stream(tokens, 20, **options)) == whole
+ADDED_TEXTS = [
+    "<|im_start|>user\nHi there<|im_end|>\n",
+    "a <|im_end|> b",
+    "<|im|>🙂<|im_start|>  c",
+]
 
 
-def test_the_stream_computes_no_more_than_is_asked_for(model):
-    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
-    pieces = model.stream(tokens, 20, temperature=0)
-    for _ in tokens:
-        next(pieces)
-    assert model.timings.prompt_tokens == 0  # the prompt is shown before it is computed
-    next(pieces)
-    next(pieces)
-    assert model.timings.new_tokens == 1
+@pytest.mark.parametrize("text", ADDED_TEXTS)
+def test_added_tokens_are_single_ids_both_ways(text):
+    ids = EXTENDED.encode(text, bos=True, eos=False)
+    rest = text
+    for added, token in ADDED.items():  # the longer ones first
+        assert ids.count(token) == rest.count(added)
+        rest = rest.replace(added, "")
+    assert EXTENDED.decode(ids) == text
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(model):
-    with pytest.raises(llama.UserError, match="100 tokens.* 64.*--max_seq_len"):
-        model.stream([5] * 100, 20)
+def test_the_ids_of_added_tokens_and_of_ends_are_the_tokenizers():
+    assert (PLAIN.n_words, EXTENDED.n_words) == (2048, 2051)
+    assert PLAIN.eos_ids == {2}
+    assert EXTENDED.eos_ids == {2, 2049}

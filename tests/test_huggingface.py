@@ -1,0 +1,273 @@
+"""Hugging Face folders, converted and run, against transformers."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZER, error_line, relative_error
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import llama
+from llama.huggingface import open_folder
+from llama.merge import write_merged
+
+TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
+SMALL = {  # a feed-forward layer of no multiple of any power of two
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 345,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+FOLDERS = {
+    "llama": LlamaConfig(**SMALL),
+    "grouped": LlamaConfig(**SMALL, num_key_value_heads=2, rms_norm_eps=1e-3, rope_parameters=ROPE),
+    "tied": LlamaConfig(**SMALL | {"tie_word_embeddings": True}),
+    "narrow": LlamaConfig(**SMALL | {"intermediate_size": 200}),  # less than 2/3 of 4 dim
+    "padded": LlamaConfig(**SMALL | {"vocab_size": 2050}),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=64),
+}
+
+
+def write_folder(folder: Path, name: str = "llama", kind: str = "whole") -> Path:
+    """A folder as transformers writes it, with tokenizer.model."""
+    torch.manual_seed(0)
+    model = (MistralForCausalLM if name == "mistral" else LlamaForCausalLM)(FOLDERS[name])
+    for parameter, weight in model.named_parameters():
+        if "norm" in parameter:
+            torch.nn.init.normal_(weight, 1, 0.1)
+    model.save_pretrained(folder, max_shard_size="500KB" if kind == "sharded" else "1GB")
+    if kind == "bin":  # as transformers wrote it before its fifth version
+        state = list(model.state_dict().items())
+        state.append(("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8)))
+        for n, part in enumerate((state[:9], state[9:]), 1):
+            torch.save(dict(part), folder / f"pytorch_model-{n:05}-of-00002.bin")
+        (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    return folder
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | fields))
+
+
+def convert(folder: Path, out: Path, **options) -> llama.LLaMA:
+    """The model that a conversion writes."""
+    write_merged(open_folder(folder), out, **options)
+    return llama.load(out, max_seq_len=64)
+
+
+def refusal(folder: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(llama.UserError) as caught:
+        open_folder(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "whole") for name in FOLDERS), ("grouped", "sharded"), ("grouped", "bin")],
+)
+def test_a_converted_folder_agrees_with_transformers(name, kind, tmp_path):
+    folder = write_folder(tmp_path / "in", name, kind)
+    assert kind != "sharded" or len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    model = convert(folder, tmp_path / "out").model
+    if kind == "bin":
+        write_folder(folder, name)  # transformers reads what it writes now
+    cls = MistralForCausalLM if name == "mistral" else LlamaForCausalLM
+    with torch.no_grad():
+        expected = cls.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS).logits
+    assert relative_error(model(TOKENS, 0), expected[:, -1]) < 1e-4
+
+
+def test_config_json_of_earlier_transformers_is_understood(tmp_path):
+    folder = write_folder(tmp_path, "grouped")
+    expected = open_folder(folder).args
+    absent = {"rope_parameters": None, "head_dim": None, "mlp_bias": None}
+    edit_json(folder / "config.json", **absent, rope_theta=1e6, rope_scaling={"type": "default"})
+    assert open_folder(folder).args == expected
+
+
+def test_the_script_converts_a_folder_where_it_is_and_into_a_new_one(tmp_path, run_script):
+    folder = write_folder(tmp_path / "in", "grouped", "sharded")
+    for out in (folder, tmp_path / "new" / "out"):
+        done = run_script("merge-weights.py", "--input_dir", folder, "--output_dir", out)
+        assert (done.returncode, done.stdout) == (0, b""), done.stderr
+        assert llama.load(out).generate("Once", 4)[0].startswith("Once")
+    assert (folder / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_running_a_folder_that_is_not_converted_says_how_to(tmp_path, run_script):
+    folder = write_folder(tmp_path / "in")
+    message = error_line(run_script("example-cpu.py", "--ckpt_dir", folder))
+    assert f"python merge-weights.py --input_dir {folder}" in message
+
+
+# Tokens beyond the tokenizer's, and ends
+
+
+def ends_with_added_token(folder: Path, eos_token_id: object, where: str) -> LlamaForCausalLM:
+    """A folder whose model says <|im_end|>, id 2049, after "Once upon a time"."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 2050, "initializer_range": 0.3}))
+    model.config.eos_token_id = None
+    ids = torch.tensor([[1, *SentencePieceProcessor(str(TOKENIZER)).encode("Once upon a time")]])
+    last = model.model(ids).last_hidden_state[0, -1].detach()
+    model.lm_head.weight.data[2049] = last / last.norm() * 50
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / where, eos_token_id=eos_token_id)
+    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    edit_json(folder / "added_tokens.json", **{"<|im_start|>": 2048, "<|im_end|>": 2049})
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "where"),
+    [(2049, "config.json"), ([2, 2049], "config.json"), ([2, 2049], "generation_config.json")],
+)
+def test_a_reply_ends_where_transformers_ends_it(eos_token_id, where, tmp_path):
+    peer = ends_with_added_token(tmp_path / "in", eos_token_id, where)
+    llm = convert(tmp_path / "in", tmp_path / "out")
+    ids = torch.tensor([llm.tokenizer.encode("Once upon a time", bos=True, eos=False)])
+    theirs = peer.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+    assert theirs == [2049]
+    assert llm.generate("Once upon a time", 12, temperature=0) == ["Once upon a time"]
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_are_one_id_in_both_directions(file, tmp_path):
+    folder = write_folder(tmp_path / "in", "padded")
+    added = {"<|im_start|>": 2048, "<|im_end|>": 2049}
+    if file == "tokenizer_config.json":
+        decoder = {str(token): {"content": text} for text, token in added.items()}
+        decoder |= {"1": {"content": "<s>"}, "2": {"content": "</s>"}}
+        edit_json(folder / file, added_tokens_decoder=decoder)
+    else:
+        edit_json(folder / file, **added)
+    tokenizer = convert(folder, tmp_path / "out").tokenizer
+    text = "<|im_start|>Once upon<|im_end|>"
+    ids = tokenizer.encode(text, bos=True, eos=False)
+    plain = SentencePieceProcessor(str(TOKENIZER))
+    assert (ids[:2], ids[-1]) == ([1, 2048], 2049)
+    assert plain.decode(ids[2:-1]) == "Once upon"
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer.encode("<s></s>", bos=False, eos=False)) > 2  # a user cannot write them
+
+
+# What is refused
+
+
+FIELDS = {
+    "eos_token_id": ["2", -2, [2, None]],
+    "model_type": ["qwen2"],
+    "hidden_act": ["gelu"],
+    "attention_bias": [True, 0],
+    "mlp_bias": [True],
+    "head_dim": [32],
+    "rope_scaling": [{"type": "linear", "factor": 2.0}],
+    "rope_parameters": [{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}, [1]],
+    "rope_theta": [0, "", [], False, -1.0, "10000", True],
+    "sliding_window": ["x"],
+    "max_position_embeddings": [0, "2048"],
+    "hidden_size": [None],
+    "num_key_value_heads": [0],
+    "rms_norm_eps": ["1e-6"],
+    "tie_word_embeddings": ["false", 1],
+    "quantization_config": [{"quant_method": "gptq"}],
+}
+
+
+@pytest.mark.parametrize(("field", "values"), FIELDS.items())
+def test_a_field_of_another_architecture_or_type_is_refused_by_name(field, values, tmp_path):
+    folder = write_folder(tmp_path)
+    for value in values:
+        edit_json(folder / "config.json", **{"rope_parameters": None, field: value})
+        assert field in refusal(folder), value
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    return write_folder(tmp_path / "in", "llama", "sharded")
+
+
+def test_a_missing_or_damaged_file_of_weights_is_named(sharded):
+    first = min(sharded.glob("model-*"))
+    content = first.read_bytes()
+    first.write_bytes(content[:-1])
+    assert first.name in refusal(sharded)
+    first.unlink()
+    assert first.name in refusal(sharded)
+
+
+def test_files_of_two_models_are_told_apart_by_the_index(sharded):
+    whole = open_folder(sharded).weights["output.weight"].read(torch.float32)
+    for path in sharded.glob("model-*.safetensors"):
+        other = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
+        save_file(other, sharded / path.name.replace("of-0", "of-9"))
+    assert torch.equal(open_folder(sharded).weights["output.weight"].read(torch.float32), whole)
+    (sharded / "model.safetensors.index.json").unlink()
+    assert "two models" in refusal(sharded)
+
+
+def test_a_set_with_a_hole_that_another_fills_is_refused(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    paths = sorted(sharded.glob("model-*.safetensors"))
+    paths[1].rename(paths[1].with_name(f"model-00002-of-{len(paths) + 1:05}.safetensors"))
+    assert "is not part" in refusal(sharded)
+
+
+def test_one_name_in_two_files_is_refused(tmp_path):
+    folder = write_folder(tmp_path, kind="bin")
+    again = torch.load(folder / "pytorch_model-00001-of-00002.bin", weights_only=True)
+    torch.save(again, folder / "pytorch_model-00002-of-00002.bin")
+    assert "is in two files" in refusal(folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+CHANGES = [
+    ({UP: torch.ones(345, 128).to(torch.float8_e4m3fn)}, f"{UP} is .*float8"),
+    ({UP: torch.ones(345, 128).to(torch.int8)}, f"{UP} is .*int8"),
+    ({UP: torch.ones(344, 128)}, rf"{UP} is of shape \(344, 128\)"),
+    ({UP: None}, f"{UP} is missing"),
+    ({UP.replace("weight", "bias"): torch.ones(345)}, "bias: this is not a LLaMA model"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES)
+def test_weights_that_are_not_llamas_are_refused_by_name(change, expected, tmp_path):
+    folder = write_folder(tmp_path)
+    weights = load_file(folder / "model.safetensors") | change
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert re.search(expected, refusal(folder))
+
+
+def test_safetensors_is_asked_for_by_name(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it fails
+    assert "pip install safetensors" in refusal(folder)
+
+
+def test_a_context_longer_than_the_sliding_window_is_refused(tmp_path):
+    convert(write_folder(tmp_path / "in", "mistral"), tmp_path / "out")
+    with pytest.raises(llama.UserError, match="max_seq_len.* 64.*sliding_window"):
+        llama.load(tmp_path / "out", max_seq_len=65)
+
+
+def test_the_prompt_format_is_kept(tmp_path):
+    folder = write_folder(tmp_path / "in")
+    for template, style in (("<|im_start|>", "chatml"), ("<|user|>", "zephyr"), (1, None)):
+        edit_json(folder / "tokenizer_config.json", chat_template=template)
+        params = json.loads(open_folder(folder).files["params.json"])
+        assert params.get("chat_style") == style

@@ -1,0 +1,164 @@
+"""Every linear layer against the matrix that it holds, with this CPU's kernels and with others'."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, relative_error
+from torch import Tensor, nn
+
+from llama.linear import (
+    OneDNNLinear,
+    PlainLinear,
+    TransposedLinear,
+    fast_linear,
+    has_onednn,
+    has_vnni,
+)
+from llama.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear
+
+N_TOKENS = (1, 3, 4, 5, 40, 64, 100)
+ODD_INPUTS = (64, 40)  # int8 alone: int4's groups need a multiple of 32
+SHAPES = ((128, 256), (48, 64), (160, 96), (2049, 128), (64, 160), ODD_INPUTS)
+OTHER_CPUS = {
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+# How far a product may be from the exact one: fp32 and bf16 round sums, int8 and int4 activations.
+BOUNDS = {"float32": 1e-6, "bfloat16": 0.0025, "Int8Linear": 0.01, "Int4Linear": 0.012}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_linear(weight: Tensor) -> PlainLinear:
+    layer = PlainLinear(*reversed(weight.shape), bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def quantized(cls: type[QuantizedLinear], weight: Tensor, k: int = 16) -> QuantizedLinear:
+    """A layer with k random orthonormal directions, its buffers as they are on disk."""
+    layer = cls(*weight.shape, n_directions=k)
+    layer.quantize(weight, torch.linalg.qr(normal(weight.shape[1], k, seed=1)).Q.t())
+    return layer
+
+
+def prepared(cls: type[QuantizedLinear], weight: Tensor, k: int = 16) -> QuantizedLinear:
+    layer = quantized(cls, weight, k)
+    layer.prepare()
+    return layer
+
+
+def dequantized(layer: QuantizedLinear) -> Tensor:
+    """Q in fp64, by the documented meaning of the buffers."""
+    if isinstance(layer, Int8Linear):
+        return layer.weight.double() * layer.scales.double()[:, None]
+    q = torch.stack([layer.weight & 15, layer.weight >> 4], 2).flatten(1).double() - 8
+    scale, zero = layer.groups.double().transpose(0, 1)[..., None, :].unbind(3)
+    return (q.unflatten(1, (scale.shape[1], -1)) * scale + zero).flatten(1)
+
+
+def exact(layer: QuantizedLinear, x: Tensor, rounded: bool = False) -> Tensor:
+    """Q r + C u in fp64; rounded: with r as int8 with one scale for each token."""
+    x, directions = x.double(), layer.directions.double()
+    u = x @ directions.t()
+    rest = x - u @ directions
+    if rounded:
+        step = rest.abs().amax(1, keepdim=True) / 127
+        rest = (rest / step).round() * step
+    return rest @ dequantized(layer).t() + u @ layer.corrections.double().t()
+
+
+def measure() -> Iterator[tuple[str, str, float]]:
+    """Every layer that runs here, the case, and how far its product is from that in fp64."""
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
+        kind, weight = str(dtype).removeprefix("torch."), normal(*shape)
+        w = weight.to(dtype)
+        plain = [plain_linear(w), fast_linear(w.clone())]
+        plain += [OneDNNLinear(w.clone())] if has_onednn(dtype) else []
+        plain += [TransposedLinear(w)] if dtype == torch.float32 else []
+        layers = [(layer, kind, lambda x, w=w: x.double() @ w.double().t()) for layer in plain]
+        for cls in [Int8Linear] if shape == ODD_INPUTS else [Int8Linear, Int4Linear]:
+            stored = quantized(cls, weight)
+            layers.append((prepared(cls, weight), cls.__name__, partial(exact, stored)))
+        for n_tokens in N_TOKENS:
+            x = normal(n_tokens, shape[1], seed=2).to(dtype)
+            for layer, name, expected in layers:
+                y = layer(x)
+                assert (y.dtype, y.shape) == (dtype, (n_tokens, shape[0])), layer
+                case = f"{type(layer).__name__} {kind}, {shape}, {n_tokens} tokens"
+                yield name, case, relative_error(y, expected(x))
+
+
+def wrong(found: Iterable) -> list:
+    return [(case, error) for name, case, error in found if not error < BOUNDS[name]]
+
+
+def test_every_layer_multiplies_by_the_matrix_that_it_holds():
+    assert wrong(measure()) == []
+
+
+@pytest.mark.parametrize("capability", OTHER_CPUS)
+def test_every_layer_does_with_the_kernels_of_other_cpus(capability):
+    environment = os.environ | OTHER_CPUS[capability] | {"PYTHONPATH": str(ROOT)}
+    report = json.loads(subprocess.check_output([sys.executable, __file__], env=environment))
+    if report["capability"] != capability:
+        pytest.skip(f"this CPU's kernels are always {report['capability']}'s")
+    assert not report["vnni"]
+    assert wrong(report["found"]) == []
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_int8_rounds_each_token_to_one_scale_and_nothing_else(n_tokens):
+    if not has_vnni():
+        pytest.skip("without VNNI, activations are not rounded to int8")
+    weight, x = normal(128, 256), normal(n_tokens, 256, seed=2)
+    expected = exact(quantized(Int8Linear, weight), x, rounded=True)
+    assert relative_error(prepared(Int8Linear, weight)(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("n_tokens", [3, 100])
+def test_a_large_token_does_not_coarsen_the_others(cls, n_tokens):
+    weight, x = normal(128, 256), normal(n_tokens, 256, seed=2)
+    x *= torch.logspace(-3, 3, n_tokens)[:, None]
+    for row, expected in zip(prepared(cls, weight)(x), exact(quantized(cls, weight), x)):
+        assert relative_error(row, expected) < 0.02
+
+
+@pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("n_tokens", [1, 5, 100])
+def test_the_largest_sums_do_not_overflow_and_zero_stays_zero(cls, n_tokens):
+    layer = prepared(cls, torch.full((64, 4096), 127.0), k=0)
+    y = layer(torch.full((n_tokens, 4096), 63.0))
+    assert relative_error(y, torch.full_like(y, 127.0 * 63 * 4096)) < 0.005
+    assert torch.equal(layer(torch.zeros(n_tokens, 4096)), torch.zeros(n_tokens, 64))
+
+
+@pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
+def test_what_is_kept_of_one_input_is_not_taken_for_another(cls):
+    layer, x = prepared(cls, normal(64, 64)), normal(3, 64, seed=2)
+    y = layer(x)
+    torch.testing.assert_close(layer(x * -2), y * -2)
+    assert torch.equal(layer(x), y)
+
+
+def test_an_int8_embedding_looks_up_rows_in_the_default_dtype():
+    weight, tokens = normal(50, 64) * torch.logspace(-3, 3, 50)[:, None], torch.tensor([3, 49, 3])
+    layer = Int8Embedding(50, 64)
+    layer.quantize(weight)
+    half_a_step = weight[tokens].abs().amax(1, keepdim=True) / 254
+    assert ((layer(tokens) - weight[tokens]).abs() <= half_a_step * 1.001).all()
+
+
+if __name__ == "__main__":  # with the kernels that the environment allows
+    report = {"capability": torch.backends.cpu.get_cpu_capability(), "vnni": has_vnni()}
+    print(json.dumps(report | {"found": list(measure())}))

@@ -1,0 +1,118 @@
+"""Prompt lookup decoding: the same tokens, in fewer passes."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZER, random_weights, write_shards
+
+import llama
+from llama.lookup import PromptLookup
+
+PROMPTS = ["Once upon a time", "The cat", "a b c d e f g"]
+GREEDY = {"temperature": 0}
+SAMPLED = {"temperature": 0.9, "seed": 1}
+PENALIZED = {"temperature": 0.8, "seed": 1, "repetition_penalty": 1.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model that mostly goes round in cycles of 8 tokens."""
+    weights = random_weights()
+    for name in weights:
+        if name.endswith(("wo.weight", "w2.weight")):
+            weights[name] *= 0.1  # attention and feed-forward layers change little
+    ids, embeddings = torch.arange(2048), weights["tok_embeddings.weight"].float()
+    following = ids // 8 * 8 + (ids + 1) % 8
+    weights["output.weight"][following] = torch.nn.functional.normalize(embeddings).half()
+    return write_shards(tmp_path_factory.mktemp("cycles"), weights, 1)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> llama.LLaMA:
+    return llama.load(folder, TOKENIZER)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, PENALIZED, PENALIZED | GREEDY])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "batch"])
+def test_the_text_is_the_same_with_guesses_and_without(model, prompts, options):
+    plain = model.generate(prompts, 120, **options, prompt_lookup=0)
+    assert model.timings.new_passes >= model.timings.new_tokens
+    guessed = model.generate(prompts, 120, **options, prompt_lookup=8)
+    assert model.timings.new_passes < 0.7 * model.timings.new_tokens
+    assert guessed == plain
+
+
+def test_guesses_do_not_lead_beyond_max_gen_len_or_the_context(folder, model):
+    plain = [model.generate(PROMPTS[0], n, 0, prompt_lookup=0)[0] for n in range(70)]
+    assert [model.generate(PROMPTS[0], n, 0, prompt_lookup=64)[0] for n in range(70)] == plain
+    n_prompt = len(model.tokenizer.encode(PROMPTS[0], bos=True, eos=False))
+    for n in (50, 53, 57):
+        short = llama.load(folder, TOKENIZER, max_seq_len=n_prompt + n)
+        assert short.generate(PROMPTS[0], 100, 0, prompt_lookup=64) == [plain[n]]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_an_end_of_sequence_token_among_the_guesses_ends_the_text(model, n):
+    cycle = range(1600, 1608)
+    ended = llama.LLaMA(model.model, llama.Tokenizer(TOKENIZER, eos_ids=[cycle[n]]))
+    text = "".join(ended.stream([*cycle, *cycle], 40, temperature=0))
+    assert text == ended.tokenizer.decode([*cycle, *cycle, *cycle[:n]])
+    assert (ended.timings.prompt_tokens, ended.timings.new_tokens) == (16, 0)  # in the first pass
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_a_chat_says_the_same_with_guesses_and_without(folder, options):
+    model = llama.load(folder, TOKENIZER, max_seq_len=128)  # so short that turns are evicted
+    talks = []
+    for prompt_lookup in (8, 0):
+        sampling = llama.Sampling(50, **options, prompt_lookup=prompt_lookup)
+        chat = llama.Chat(model, llama.STYLES["dialog"], "", sampling)
+        talk, passes, tokens = [], 0, 0
+        for message in ["Tell me a story about a fox."] * 6:
+            talk.append(("".join(chat.reply(message)), list(chat.context.tokens)))
+            passes += model.timings.new_passes
+            tokens += model.timings.new_tokens
+        assert "forgotten" in chat.status()
+        assert passes < 0.9 * tokens if prompt_lookup else passes >= tokens
+        talks.append(talk)
+    assert talks[0] == talks[1]
+
+
+def longest_recent_match(tokens: list[int], length: int) -> list[int]:
+    """What followed the last three tokens, or else two, the last time they occurred before."""
+    for n in (3, 2):
+        for end in range(len(tokens) - 1, n - 1, -1):
+            if tokens[end - n : end] == tokens[-n:]:
+                return tokens[end : end + length]
+    return []
+
+
+def test_a_guess_is_what_followed_the_longest_most_recent_match():
+    rng = random.Random(0)
+    n_found = 0
+    for _ in range(50):
+        lookup, tokens = PromptLookup(5), []
+        for _ in range(60):
+            tokens += [rng.randrange(4) for _ in range(rng.randrange(4))]
+            guess = lookup.guess(tokens)
+            assert guess == longest_recent_match(tokens, 5)
+            n_found += bool(guess)
+    assert n_found > 1000
+    assert PromptLookup(0).guess([1, 2, 3] * 5) == []
+
+
+def test_guesses_grow_after_success_and_stop_for_a_while_after_failure():
+    tokens = [*range(20), 0, 1, 2]
+    lookup = PromptLookup(8)
+    lookup.learn(8, 3)
+    assert len(lookup.guess(tokens)) == 3
+    lookup.learn(3, 3)
+    assert len(lookup.guess(tokens)) == 6
+    lookup.learn(6, 6)
+    assert len(lookup.guess(tokens)) == 8
+    lookup.learn(8, 0)
+    sizes = [len(lookup.guess(tokens)) for _ in range(20)]
+    assert sizes[0] == 0
+    assert 0 < sizes[-1] <= 3

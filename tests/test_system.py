@@ -1,0 +1,100 @@
+"""What the system lets this process have: memory, threads, a container's limits."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from conftest import PARAMS, TOKENIZER, random_weights, run_python
+
+import llama
+from llama.system import available_cpus, available_memory
+
+
+@pytest.fixture
+def tell(tmp_path, monkeypatch) -> Callable[[str, str], None]:
+    """Write a file of the kernel's, below another root. 100 KB and 64 cores are there."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 1024))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    return write
+
+
+def test_memory_is_limited_by_cgroups(tmp_path, tell):
+    assert available_memory(tmp_path) == 100 * 1024
+    tell("proc/self/cgroup", "0::/user/me\n")
+    tell("sys/fs/cgroup/user/me/memory.max", "max\n")
+    assert available_memory(tmp_path) == 100 * 1024
+    tell("sys/fs/cgroup/user/memory.max", "30720\n")
+    tell("sys/fs/cgroup/user/memory.stat", "anon 10240\nfile 20480\n")
+    assert available_memory(tmp_path) == 20 * 1024  # the page cache can be dropped
+    tell("proc/self/cgroup", "9:name=systemd:/\n4:memory:/docker/1\n")  # version 1
+    tell("sys/fs/cgroup/memory/memory.limit_in_bytes", "20480")
+    tell("sys/fs/cgroup/memory/memory.stat", "rss 1\ntotal_rss 10240\n")
+    assert available_memory(tmp_path) == 10 * 1024
+
+
+def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
+    assert available_cpus(tmp_path) == 64
+    tell("proc/self/cgroup", "0::/user/me\n")
+    tell("sys/fs/cgroup/user/me/cpu.max", "max 100000\n")
+    assert available_cpus(tmp_path) == 64
+    tell("sys/fs/cgroup/user/cpu.max", "250000 100000\n")
+    assert available_cpus(tmp_path) == 3
+    tell("proc/self/cgroup", "5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n")  # version 1
+    tell("sys/fs/cgroup/cpu/docker/1/cpu.cfs_period_us", "100000")
+    for quota, expected in (("-1", 64), ("400000", 4), ("50000", 1)):
+        tell("sys/fs/cgroup/cpu/docker/1/cpu.cfs_quota_us", quota)
+        assert available_cpus(tmp_path) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds to cores")
+def test_a_process_bound_to_one_core_runs_on_one_thread(monkeypatch):
+    code = """
+import os, torch
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from llama import cli
+torch.set_num_threads(4)
+cli.set_threads(None)
+print(torch.get_num_threads())
+"""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run_python(code) == "1\n"
+
+
+# The check before loading
+
+
+@pytest.fixture
+def free(monkeypatch) -> Callable[[float], None]:
+    """Let so many bytes be free."""
+    return lambda n_bytes: monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=int(n_bytes))
+    )
+
+
+CACHE = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # bytes of a position in fp32
+LONG = 2**20  # positions: 2.1 GB of cache
+N_BYTES = 4 * sum(t.numel() for name, t in random_weights().items() if name != "rope.freqs")
+
+
+def remedy(folder: Path, max_seq_len: int, **options) -> str:
+    with pytest.raises(llama.UserError) as caught:
+        llama.load(folder, TOKENIZER, max_seq_len, **options)
+    return str(caught.value).rpartition(": ")[2]
+
+
+def test_too_little_memory_names_what_would_fit(checkpoint, free):
+    smaller = "use `dtype=bfloat16` or `quantize=int8` or `quantize=int4`"
+    free(CACHE * LONG + N_BYTES)
+    assert remedy(checkpoint, LONG) == f"{smaller} or `max_seq_len={LONG // 2}`"
+    free(CACHE * LONG / 2)
+    assert remedy(checkpoint, LONG) == f"use `max_seq_len={LONG // 4}`"
+    free(1000)
+    assert remedy(checkpoint, 512) == "close programs, or use a smaller model"
