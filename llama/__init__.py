@@ -17,7 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB: faster to a
 # OpenMP's threads spin while they wait for one another. Without a bound, one thread that has no
 # core, because other programs are busy, stops all others for a time slice at every matrix.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # GNU's OpenMP: Linux
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # GNU's OpenMP: Linux
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's, in milliseconds: macOS
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # not needed here
 

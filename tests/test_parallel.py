@@ -259,7 +259,7 @@ def test_two_hosts_run_one_model(hosts, shot):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("", "50000 1"), ("GOMP_SPINCOUNT=7", "7 1"), ("OMP_WAIT_POLICY=ACTIVE", "None None")],
+    [("", "20000 1"), ("GOMP_SPINCOUNT=7", "7 1"), ("OMP_WAIT_POLICY=ACTIVE", "None None")],
 )
 def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(given, expected):
     names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
