@@ -89,7 +89,7 @@ def write_merged(
                 stack.enter_context(replacing(path, overwrite)).write_bytes(content)
         if free < needed:
             raise UserError(f"{target} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
-        write_state(partial, state, lambda write: produce(source, dtype, quantize, write))
+        write_state(partial, state, lambda write: produce(source, state, quantize, write))
         if overwrite and source.files:  # old weights are never beside new params.json
             target.unlink(missing_ok=True)
     return target
@@ -144,12 +144,13 @@ def is_kept(name: str, weight: Weight) -> bool:
     return not weight.dtype.is_floating_point or not name.endswith(".weight")
 
 
-def produce(source: Source, dtype: torch.dtype | None, quantize: str | None, write: Write) -> None:
-    """Call write(name, tensor) for every tensor of `final_state`."""
+def produce(
+    source: Source, state: Mapping[str, Tensor], quantize: str | None, write: Write
+) -> None:
+    """Call write(name, tensor) for every tensor of the state, in the dtype that it has there."""
     if not quantize:
         for name, weight in source.weights.items():
-            kept = is_kept(name, weight) or dtype is None
-            write(name, weight.read(weight.dtype if kept else dtype))
+            write(name, weight.read(state[name].dtype))
         return
     from .quantization.calibration import calibrate, calibration_tokens
 
