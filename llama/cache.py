@@ -1,4 +1,4 @@
-"""The key-value cache of one sequence, and attention to it for one and for a few tokens.
+"""The key-value cache of one sequence, and attention to it.
 
 For one token both halves of attention are weighted sums of rows: the scores are the sum over j of
 q[j] times row j of K^T, and the output is the sum over positions t of p[t] times row t of V.
@@ -9,14 +9,13 @@ positions; 1.4 times on Intel Emerald Rapids).
 
 import functools
 import math
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # positions in a block of keys
-COPY_SIZE = 2**23  # elements of K that `read` copies at a time
+MAX_QUERIES = 64  # tokens whose scores are computed at once: measured fastest
+MAX_SCORES = 2**23  # and their scores: bounds the memory at long contexts
 
 
 class KVCache:
@@ -28,7 +27,7 @@ class KVCache:
 
     Args:
         n_layers, n_kv_heads, head_dim: The model's.
-        length: Positions to allocate. A longer sequence doubles the cache.
+        length: Positions that fit in.
         dtype: Of keys and values.
     """
 
@@ -40,38 +39,37 @@ class KVCache:
         self.values = torch.empty(n_layers, n_kv_heads, n_blocks * BLOCK, head_dim, dtype=dtype)
         self.cached_end, self.cached_rows = 0, ()
 
-    def update(
-        self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor, heads: slice = slice(None)
-    ) -> None:
+    def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> None:
         """Store keys and values, (n_tokens, n_kv_heads, head_dim), from start_pos on."""
-        end, n_blocks = start_pos + len(xk), self.keys.shape[1]
-        if end > n_blocks * BLOCK:
-            more = max(math.ceil(end / BLOCK) - n_blocks, n_blocks)
-            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, 0, 0, more))
-            self.values = F.pad(self.values, (0, 0, 0, more * BLOCK))
-            self.cached_end = 0
+        end = start_pos + len(xk)
         for block in range(start_pos // BLOCK, math.ceil(end / BLOCK)):
             first, last = max(start_pos, block * BLOCK), min(end, (block + 1) * BLOCK)
             columns = slice(first - block * BLOCK, last - block * BLOCK)
             new = xk[first - start_pos : last - start_pos]
-            self.keys[layer_id, block, heads, :, columns] = new.permute(1, 2, 0)
-        self.values[layer_id, heads, start_pos:end] = xv.transpose(0, 1)
+            self.keys[layer_id, block, :, :, columns] = new.permute(1, 2, 0)
+        self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
 
-    def read(self, layer_id: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield a few heads at a time: their slice, and K (a copy) and V, (heads, end, head_dim)."""
-        _, _, n_kv_heads, head_dim, _ = self.keys.shape
-        heads_per_chunk = max(COPY_SIZE // (end * head_dim), 1)
-        for first in range(0, n_kv_heads, heads_per_chunk):
-            heads = slice(first, first + heads_per_chunk)
-            blocks = self.keys[layer_id, : math.ceil(end / BLOCK), heads]
-            keys = blocks.permute(1, 0, 3, 2).contiguous().flatten(1, 2)[:, :end]
-            yield heads, keys, self.values[layer_id, heads, :end]
+    def read(self, layer_id: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of some positions, (n_positions, n_kv_heads, head_dim)."""
+        keys = self.keys[layer_id].permute(0, 3, 1, 2).contiguous().flatten(0, 1)[start:end]
+        return keys, self.values[layer_id, :, start:end].transpose(0, 1).clone()
+
+    def attend(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
+        """softmax(q k^T / sqrt(head_dim)) v of the tokens that end before position `end`.
+
+        xq and the result: (n_tokens, n_heads, head_dim).
+        """
+        if len(xq) == 1:
+            return self.attend_one(layer_id, xq[0], end)[None]
+        step = max(min(MAX_QUERIES, MAX_SCORES // (xq.shape[1] * end)), 1)
+        outputs, start_pos = [], end - len(xq)
+        for queries in xq.split(step):
+            start_pos += len(queries)
+            outputs.append(self.attend_many(layer_id, queries, start_pos))
+        return torch.cat(outputs)
 
     def attend_one(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
-        """softmax(q k^T / sqrt(head_dim)) v for one token, by weighted sums of rows.
-
-        xq and the result: (n_heads, head_dim). end: positions to attend to.
-        """
+        """Attention of one token, (n_heads, head_dim) like xq, by weighted sums of rows."""
         key_rows, value_rows = self.row_indices(len(xq), end)
         queries = (xq / math.sqrt(xq.shape[1])).to(self.keys.dtype)
         queries = queries[:, None].expand(-1, len(key_rows) // len(xq), -1)
@@ -80,23 +78,19 @@ class KVCache:
         weights = weights.to(self.values.dtype)
         return weighted_sums(self.values[layer_id], value_rows, weights).type_as(xq)
 
-    def attend_few(self, layer_id: int, xq: Tensor, mask: Tensor) -> Tensor:
-        """The same for a few tokens, by matrix products with the blocks where they lie.
-
-        xq and the result: (n_tokens, n_heads, head_dim). mask: (n_tokens, end), True where a token
-        attends.
-        """
-        n_tokens, end = mask.shape
-        _, _, n_kv_heads, head_dim, _ = self.keys.shape
+    def attend_many(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
+        """Attention of several tokens by matrix products, with the blocks of keys in place."""
+        n_tokens, _, head_dim = xq.shape
         keys = self.keys[layer_id, : math.ceil(end / BLOCK)]  # contiguous: matmul copies nothing
-        queries = xq.view(n_tokens, n_kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
-        queries = (queries / math.sqrt(head_dim)).to(keys.dtype)  # (n_kv_heads, -1, head_dim)
+        queries = (xq / math.sqrt(head_dim)).to(keys.dtype).unflatten(1, (keys.shape[1], -1))
+        queries = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (n_kv_heads, -1, head_dim)
         scores = (queries @ keys).permute(1, 2, 0, 3).flatten(2)[..., :end]
-        scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(~mask, -math.inf)
+        is_later = torch.ones(n_tokens, end, dtype=torch.bool).triu(end - n_tokens + 1)
+        scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(is_later, -math.inf)
         weights = scores.softmax(-1, torch.float32).to(keys.dtype).flatten(1, 2)
         output = weights @ self.values[layer_id, :, :end]  # (n_kv_heads, -1, head_dim)
-        output = output.view(n_kv_heads, -1, n_tokens, head_dim).permute(2, 0, 1, 3)
-        return output.reshape(xq.shape).type_as(xq)
+        output = output.unflatten(1, (-1, n_tokens)).permute(2, 0, 1, 3)
+        return output.flatten(1, 2).type_as(xq)
 
     def row_indices(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
         """The rows of a layer's keys that each head sums, block by block, and those of its values.

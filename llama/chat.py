@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os.path import commonprefix  # works for any sequences
 
+import torch
+
 from .errors import UserError
 from .generation import Context, LLaMA, Timings
 from .lookup import PromptLookup
-from .sampling import Sampling, draw_uniforms
+from .sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,15 @@ class Chat:
 
     def reset(self) -> None:
         """Begin a new conversation."""
-        cache, lookup = self.llama.model.new_cache(self.limit), self.sampling.prompt_lookup
-        self.context = Context([], cache, PromptLookup(lookup))
-        self.starts: list[int] = []  # of each turn's message, in the context
-        self.message = ""  # of the last turn
-        self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # tokens, turns; of the last reply
+        self.context = Context(
+            [],
+            self.llama.model.new_cache(self.limit),
+            PromptLookup(self.sampling.prompt_lookup),
+            torch.empty(0),
+        )
+        self.message_starts: list[int] = []  # where each turn's message begins in the context
+        self.last_message, self.last_turn_start = "", 0
+        self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # of the last reply: tokens, turns
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed early, the context keeps those pieces.
@@ -125,51 +131,47 @@ class Chat:
         self.llama.timings = Timings()
         self.n_new, self.n_evicted, self.is_cut = 0, 0, False
         self.begin_turn(message)
-        stop = self.style.stop
-        text = message if self.style.next is None else ""
-        n_shown = 0
-
-        def show(end: int) -> str:
-            nonlocal n_shown
-            begin, n_shown = n_shown, end
-            return text[begin:end] if begin else text[:end].lstrip()
-
+        text, shown = message if self.style.next is None else "", ""
         try:
             for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
-                yield show(len(printable(text, stop)))
-                if stop in text:
+                shown, before = printable(text, self.style.stop), shown
+                yield shown[len(before) :]
+                if self.style.stop in text:
                     return
             self.is_cut = self.n_new == self.sampling.max_gen_len
-            yield show(len(printable(text, stop) if self.is_cut else text.rstrip()))
+            if not self.is_cut:  # what could have begun a stop string is text
+                shown, before = text.strip(), shown
+                yield shown[len(before) :]
         finally:
-            self.remove_tail(text[n_shown:])
+            self.remove_tail(text.lstrip()[len(shown) :] if shown else text)
 
     def retry(self) -> str:
         """Remove the last turn from the context. Returns its message, to be sent again, or ""."""
-        message, self.message = self.message, ""
+        message, self.last_message = self.last_message, ""
         if message:
-            self.starts.pop()
-            self.truncate(self.turn_start if self.starts else 0)
+            self.message_starts.pop()
+            self.truncate(self.last_turn_start if self.message_starts else 0)
         return message
 
     def begin_turn(self, message: str) -> None:
         """Append the message and what leads to the reply, with room for one token more."""
         if self.style.next is None:
             self.reset()
-        template = self.style.next if self.starts else self.style.first
+        template = self.style.next if self.message_starts else self.style.first
         ids = self.encode(template, message)
-        before = self.encode(template.partition("{user}")[0], message)
-        n_before = len(commonprefix([ids, before]))
-        length = len(ids) - n_before + (self.starts[0] if self.starts else n_before)
-        if length >= self.limit:
+        n_before = len(commonprefix([ids, self.encode(template.partition("{user}")[0], "")]))
+        n_kept = self.message_starts[0] if self.message_starts else n_before
+        if (length := n_kept + len(ids) - n_before) >= self.limit:
             raise UserError(
                 f"this message, with what always precedes it, is {length} tokens long and the "
                 f"context {self.limit}: shorten it, or set `max_seq_len` above {length}"
             )
-        self.context.uniforms = draw_uniforms(self.sampling.max_gen_len, self.generator)
-        self.message, self.turn_start = message, len(self.context.tokens)
-        self.starts.append(self.turn_start + n_before)
+        self.context.uniforms = torch.rand(
+            self.sampling.max_gen_len, generator=self.generator, dtype=torch.float64
+        )
+        self.last_message, self.last_turn_start = message, len(self.context.tokens)
+        self.message_starts.append(self.last_turn_start + n_before)
         self.context.tokens += ids
         while len(self.context.tokens) >= self.limit:
             self.evict()
@@ -212,15 +214,15 @@ class Chat:
 
     def evict(self) -> None:
         """Remove the oldest turn or, if there is only one, the older half of it."""
-        context, start, n_cached = self.context, self.starts[0], self.context.n_cached
+        context, start, n_cached = self.context, self.message_starts[0], self.context.n_cached
         middle = start + (len(context.tokens) - start + 1) // 2
-        end = self.starts[1] if len(self.starts) > 1 else middle
-        self.n_evicted += len(self.starts) > 1
+        end = self.message_starts[1] if len(self.message_starts) > 1 else middle
+        self.n_evicted += len(self.message_starts) > 1
         context.n_cached = min(start, n_cached)  # true at each moment: Ctrl-C may come in between
         del context.tokens[start:end]
         context.lookup.reset()
-        self.starts = [start] + [later - (end - start) for later in self.starts[2:]]
-        self.turn_start = max(self.turn_start - (end - start), start)
+        self.message_starts = [start, *(n - (end - start) for n in self.message_starts[2:])]
+        self.last_turn_start = max(self.last_turn_start - (end - start), start)
         if n_cached > end:
             self.llama.model.evict(context.cache, start, end, n_cached)
             context.n_cached = n_cached - (end - start)
@@ -250,11 +252,8 @@ class Chat:
 
 
 def printable(text: str, stop: str) -> str:
-    """The part of a reply that is safe to print.
-
-    It is everything before a stop string, or before what may be its beginning, without spaces at
-    the end.
-    """
+    """The part of a reply that is safe to print: everything before a stop string, or what may be
+    the beginning of one, without spaces at both ends."""
     reply, stopped, _ = text.partition(stop)
     held = () if stopped else (n for n in range(len(stop)) if reply.endswith(stop[:n]))
-    return reply[: len(reply) - max(held, default=0)].rstrip()
+    return reply[: len(reply) - max(held, default=0)].strip()

@@ -1,9 +1,11 @@
 """From prompts to text: prefill and the decoding loop."""
 
+import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
+from os.path import commonprefix  # works for any sequences
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .cache import KVCache
 from .errors import UserError, check
 from .lookup import PromptLookup
 from .model import Transformer
-from .sampling import Sampling, draw_uniforms, make_sampling, sample
+from .sampling import Sampling, sample
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # in one forward pass: enough for full speed, few enough for small activations
@@ -21,19 +23,18 @@ PREFILL_TOKENS = 512  # in one forward pass: enough for full speed, few enough f
 
 @dataclass
 class Context:
-    """One sequence: its tokens, and the cache that holds the first n_cached of them.
+    """One sequence of tokens, and the cache that holds the first `n_cached` of them.
 
     Attributes:
-        n_left: Tokens that may still be generated.
-        uniforms: A random number from 0 to 1 for each token to be drawn, fp64 (max_gen_len,).
+        uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. Batches
+            and prompt lookup do not change which token gets which.
     """
 
     tokens: list[int]
     cache: KVCache
     lookup: PromptLookup
+    uniforms: Tensor
     n_cached: int = 0
-    n_left: int = 0
-    uniforms: Tensor | None = None
 
 
 @dataclass
@@ -75,9 +76,10 @@ class LLaMA:
         self.model = model
         self.chat_style = chat_style
         self.tokenizer = tokenizer
+        self.sample = sample  # under torchrun, llama/parallel.py replaces it
         self.timings = Timings()
         tensors = chain(model.parameters(), model.buffers())
-        self.weight_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def __repr__(self) -> str:
         args, dtype = self.model.args, self.model.norm.weight.dtype
@@ -104,13 +106,11 @@ class LLaMA:
         Raises:
             UserError: A prompt is longer than the context, or an option is unknown or out of range.
         """
-        sampling = make_sampling(max_gen_len, temperature, top_p, options)
-        check(isinstance(prompts, Iterable), "prompts", "a text or several", prompts)
+        sampling = Sampling(max_gen_len, temperature, top_p, **options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sequences = [self.encode(prompt) for prompt in prompts]
         self.timings = Timings()
-        generator = sampling.generator()
-        batch_size = self.model.args.max_batch_size
+        generator, batch_size = sampling.generator(), self.model.args.max_batch_size
         texts = []
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
@@ -135,7 +135,7 @@ class LLaMA:
         The pieces, of which the prompt is the first, join to what `generate` returns. Arguments and
         errors are those of `generate`.
         """
-        sampling = make_sampling(max_gen_len, temperature, top_p, options)
+        sampling = Sampling(max_gen_len, temperature, top_p, **options)
         tokens = self.encode(prompt)
         self.timings = Timings()
         context = self.context(tokens, sampling, sampling.generator())
@@ -144,15 +144,13 @@ class LLaMA:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a prompt, from <s> on, if it leaves room for a token."""
-        limit, vocab_size = self.model.args.max_seq_len, self.tokenizer.n_words
+        limit, n_words = self.model.args.max_seq_len, self.tokenizer.n_words
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
-            tokens = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-            good = isinstance(tokens, Sequence) and len(tokens) > 0
-            good = good and all(type(token) is int and 0 <= token < vocab_size for token in tokens)
-            check(good, "prompt", f"a text or token ids from 0 to {vocab_size - 1}", prompt)
-            tokens = list(tokens)
+            tokens = [operator.index(token) for token in prompt]
+            good = len(tokens) > 0 and 0 <= min(tokens) and max(tokens) < n_words
+            check(good, "prompt", f"a text or token ids from 0 to {n_words - 1}", prompt)
         if len(tokens) >= limit:
             raise UserError(
                 f"the prompt is {len(tokens)} tokens long and the context {limit}: "
@@ -160,119 +158,97 @@ class LLaMA:
             )
         return tokens
 
-    def context(
-        self, tokens: Sequence[int], sampling: Sampling, generator: torch.Generator
-    ) -> Context:
+    def context(self, tokens: list[int], sampling: Sampling, generator: torch.Generator) -> Context:
         """A sequence of these tokens, with a cache large enough for prompt and continuation."""
         length = min(len(tokens) + sampling.max_gen_len, self.model.args.max_seq_len)
-        context = Context(
-            list(tokens), self.model.new_cache(length), PromptLookup(sampling.prompt_lookup)
-        )
-        context.uniforms = draw_uniforms(sampling.max_gen_len, generator)
-        return context
+        uniforms = torch.rand(sampling.max_gen_len, generator=generator, dtype=torch.float64)
+        lookup = PromptLookup(sampling.prompt_lookup)
+        return Context([*tokens], self.model.new_cache(length), lookup, uniforms)
 
     def extend(self, contexts: Sequence[Context], sampling: Sampling) -> Iterator[list[int]]:
         """Append new tokens to the contexts, and yield them after each forward pass.
 
-        A context ends at an end-of-sequence token, which is not appended, after max_gen_len tokens,
-        or when it is max_seq_len tokens long.
+        A context ends at an end-of-sequence token, which is not appended, when it has used its
+        `uniforms`, or when it is max_seq_len tokens long.
         """
+        timings, limit = self.timings, self.model.args.max_seq_len
+        begin = time.perf_counter()
         for context in contexts:
-            context.n_left = sampling.max_gen_len
             context.n_cached = min(context.n_cached, len(context.tokens) - 1)
-        limit, timings, is_prompt = self.model.args.max_seq_len, self.timings, True
-        while active := [c for c in contexts if c.n_left and len(c.tokens) < limit]:
-            begin = time.perf_counter()
-            n_fed = sum(len(context.tokens) - context.n_cached for context in active)
-            guesses = [c.lookup.guess(c.tokens) for c in active]
-            rooms = [min(c.n_left, limit - len(c.tokens)) - 1 for c in active]
-            guesses = [guess[:room] for guess, room in zip(guesses, rooms)]
-            drawn = self.draw(self.advance(active, guesses), active, guesses, sampling)
-            new = [self.keep(context, guess, drawn) for context, guess in zip(active, guesses)]
+        n_prompt = sum(len(context.tokens) - context.n_cached for context in contexts)
+        self.prefill(contexts)
+        while active := [c for c in contexts if len(c.uniforms) and len(c.tokens) < limit]:
+            new = list(chain.from_iterable(self.step(active, sampling)))
             seconds = time.perf_counter() - begin
-            if is_prompt:
-                timings.prompt_tokens += n_fed
+            if n_prompt:
+                timings.prompt_tokens += n_prompt
                 timings.prompt_seconds += seconds
-                is_prompt = False
+                n_prompt = 0
             else:
-                timings.new_tokens += sum(map(len, new))
+                timings.new_tokens += len(new)
                 timings.new_passes += len(active)
                 timings.new_seconds += seconds
-            yield list(chain.from_iterable(new))
+            yield new
+            begin = time.perf_counter()
 
     @torch.inference_mode()
-    def advance(self, contexts: Sequence[Context], guesses: Sequence[Sequence[int]]) -> Tensor:
-        """Feed the tokens that the caches lack, and the guesses after them.
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """Fill the caches until a pass over PREFILL_TOKENS tokens can take the rest."""
+        rest = n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
+        # The bar appears if the prefill takes more than 2 seconds.
+        options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
+        with tqdm(desc="reading", total=n_missing, **options) as bar:
+            for context in contexts:
+                while rest > PREFILL_TOKENS and len(context.tokens) - context.n_cached > 1:
+                    chunk = context.tokens[context.n_cached : -1][:PREFILL_TOKENS]
+                    self.feed([context], [chunk])
+                    context.n_cached += len(chunk)
+                    rest -= len(chunk)
+                    bar.update(len(chunk))
+
+    @torch.inference_mode()
+    def step(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[int]]:
+        """One forward pass over the tokens that the caches lack, and drafts of the next ones.
 
         Returns:
-            fp32 logits after each context's last token and each of its guesses: (n_rows, n_words).
+            Each context's new tokens, which are appended to it: one, and as many as its draft had
+            right before that.
         """
-        n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
-        # The bar appears where reading the prompt takes more than 2 seconds.
-        options = {"delay": 2, "leave": False, "disable": None}
-        with tqdm(desc="reading", total=n_missing, unit=" tokens", **options) as bar:
-            while True:
-                missing = [context.tokens[context.n_cached :] for context in contexts]
-                if sum(map(len, missing)) <= max(PREFILL_TOKENS, len(contexts)):
-                    break
-                room, chunks = PREFILL_TOKENS, []
-                for tokens in missing:
-                    chunks.append(tokens[:-1][:room])
-                    room -= len(chunks[-1])
-                self.feed(contexts, chunks)
-                for context, chunk in zip(contexts, chunks):
-                    context.n_cached += len(chunk)
-                    bar.update(len(chunk))
-        hidden = self.feed(contexts, [[*m, *guess] for m, guess in zip(missing, guesses)])
-        rows, end = [], 0
-        for tokens, guess in zip(missing, guesses):
-            end += len(tokens) + len(guess)
-            rows += range(end - 1 - len(guess), end)
-        return self.model.output(hidden[rows]).float()[:, : self.tokenizer.n_words]
+        limit = self.model.args.max_seq_len
+        rooms = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in contexts]
+        drafts = [c.lookup.draft(c.tokens)[:room] for c, room in zip(contexts, rooms)]
+        sizes = [len(draft) + 1 for draft in drafts]
+        chunks = [[*c.tokens[c.n_cached :], *draft] for c, draft in zip(contexts, drafts)]
+        hidden = self.feed(contexts, chunks).split([len(chunk) for chunk in chunks])
+        rows = torch.cat([states[-size:] for states, size in zip(hidden, sizes)])
+        logits = self.model.output(rows).float()[:, : self.tokenizer.n_words]
+
+        uniforms = torch.cat([c.uniforms[:size] for c, size in zip(contexts, sizes)])
+        preceding = (
+            c.tokens + draft[:n] for c, draft in zip(contexts, drafts) for n in range(len(draft) + 1)
+        )
+        drawn = self.sample(logits, preceding, uniforms, sampling).split(sizes)
+        sequences = zip(contexts, drafts, drawn)
+        return [self.accept(context, draft, new.tolist()) for context, draft, new in sequences]
 
     def feed(self, contexts: Sequence[Context], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Add a chunk of tokens to each context's cache; returns their hidden states."""
-        fed = [(context, chunk) for context, chunk in zip(contexts, chunks) if chunk]
         return self.model.hidden(
-            [torch.tensor(chunk) for _, chunk in fed],
-            [context.n_cached for context, _ in fed],
-            [context.cache for context, _ in fed],
+            [torch.tensor(chunk) for chunk in chunks],
+            [context.n_cached for context in contexts],
+            [context.cache for context in contexts],
         )
 
-    def draw(
-        self,
-        logits: Tensor,
-        contexts: Sequence[Context],
-        guesses: Sequence[Sequence[int]],
-        sampling: Sampling,
-    ) -> Iterator[int]:
-        """The token that is drawn after each context's last token and each of its guesses."""
-        sequences, uniforms = [], []
-        for context, guess in zip(contexts, guesses):
-            if sampling.repetition_penalty != 1:
-                sequences += [[*context.tokens, *guess[:n]] for n in range(len(guess) + 1)]
-            first = sampling.max_gen_len - context.n_left
-            uniforms.append(context.uniforms[first : first + len(guess) + 1])
-        tokens = sample(logits, sequences, torch.cat(uniforms), sampling)
-        if torch.distributed.is_initialized():  # sampling may differ in a last bit between CPUs
-            torch.distributed.broadcast(tokens, 0)
-        return iter(tokens.tolist())
+    def accept(self, context: Context, draft: Sequence[int], drawn: list[int]) -> list[int]:
+        """Append the drawn tokens up to the first that differs from the draft; returns them.
 
-    def keep(self, context: Context, guess: Sequence[int], drawn: Iterator[int]) -> list[int]:
-        """Append the drawn tokens up to the first that was not guessed, and return them.
-
-        Cache entries after the first wrong guess are discarded.
+        What the cache holds of a wrong draft is overwritten by the next pass.
         """
-        new, n_right, going_on = [], 0, True
-        for token, guessed in zip([next(drawn) for _ in range(len(guess) + 1)], [*guess, None]):
-            if going_on and token in self.tokenizer.eos_ids:
-                context.n_left, going_on = 0, False
-            if going_on:
-                new.append(token)
-                n_right += token == guessed
-                going_on = token == guessed
-        context.n_cached = len(context.tokens) + n_right
+        n_right = len(commonprefix([draft, drawn]))
+        new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_right + 1]))
+        is_end = len(new) <= n_right
+        context.n_cached = len(context.tokens) + min(n_right, len(new))
         context.tokens += new
-        context.n_left = max(context.n_left - len(new), 0)
-        context.lookup.learn(len(guess), n_right)
+        context.uniforms = context.uniforms[len(context.uniforms) if is_end else len(new) :]
+        context.lookup.adapt(len(draft), n_right)
         return new

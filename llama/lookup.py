@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
-NGRAMS = (3, 2)  # last tokens that are looked up in the context, the longest first
+NGRAMS = (3, 2)  # numbers of last tokens that are looked up in the context
+PAUSE = 8  # passes without a draft after one that was wrong from its first token on
 
 
 class PromptLookup:
-    """Guesses the next tokens: those that followed the last few when they occurred before.
+    """Drafts the next tokens: those that followed the last few tokens when they occurred before.
 
-    Prompt lookup decoding, a form of speculative decoding (arXiv 2211.17192) whose draft is the
-    context itself. A pass over n tokens costs little more than over one, as long as reading the
-    weights takes most of its time.
+    This is speculative decoding (arXiv 2211.17192) whose draft comes from the context itself. A
+    pass over a few tokens costs little more than over one, because both read all weights.
+
+    Args:
+        limit: The most tokens of a draft. 0: no drafts.
     """
 
     def __init__(self, limit: int):
@@ -18,12 +21,12 @@ class PromptLookup:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the context. To be called after tokens were removed from it."""
+        """Forget the context. Call it after tokens were removed from the context."""
         self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: position after its last one
         self.n_seen = 1
 
-    def guess(self, tokens: Sequence[int]) -> list[int]:
-        """Tokens that may follow, at most `length`."""
+    def draft(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens that may follow a context, at most `length`."""
         if not self.limit:
             return []
         for end in range(self.n_seen, len(tokens)):
@@ -33,14 +36,13 @@ class PromptLookup:
         if self.pause:
             self.pause -= 1
             return []
-        for n in NGRAMS:
-            if start := self.continuations.get(tuple(tokens[-n:])):
-                return list(tokens[start : start + self.length])
-        return []
+        found = (self.continuations.get(tuple(tokens[-n:])) for n in NGRAMS)
+        start = next(filter(None, found), len(tokens))
+        return list(tokens[start : start + self.length])
 
-    def learn(self, n_guessed: int, n_kept: int) -> None:
-        """Adapt the length: twice as many after a full success, as many as were kept otherwise."""
-        if n_guessed:
-            grown = 2 * self.length if n_kept == n_guessed else n_kept
-            self.pause = 0 if n_kept else 8
-            self.length = min(max(grown, 2), self.limit)
+    def adapt(self, n_drafted: int, n_accepted: int) -> None:
+        """Double the length after a draft that was right; after another, draft what was right."""
+        if n_drafted:
+            length = 2 * self.length if n_accepted == n_drafted else n_accepted
+            self.length = min(max(length, 2), self.limit)
+            self.pause = 0 if n_accepted else PAUSE

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 
-FEW = 64  # up to this many tokens attend_few is faster than copying the keys for SDPA
-
 
 @dataclass
 class ModelArgs:
@@ -82,8 +80,7 @@ class Segment(NamedTuple):
 
     start_pos: int
     n_tokens: int
-    cache: KVCache | None  # None: no tokens before these, and none after
-    mask: Tensor | None  # (n_tokens, start_pos + n_tokens), if start_pos > 0 and n_tokens > 1
+    cache: KVCache | None  # None: nothing precedes these tokens, and nothing follows
 
 
 class Attention(nn.Module):
@@ -102,48 +99,21 @@ class Attention(nn.Module):
         rotated = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
         xq, xk = rotated.split([xq.shape[1], xk.shape[1]], 1)  # (n_tokens, n_heads, head_dim)
 
-        if len(segments) == 1:
-            output = self.attend(xq, xk, xv, segments[0])
-        else:
-            sizes = [segment.n_tokens for segment in segments]
-            sequences = zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
-            output = torch.cat([self.attend(*sequence) for sequence in sequences])
-        return self.wo(output.flatten(-2))
+        sizes = [segment.n_tokens for segment in segments]
+        sequences = zip(xq.split(sizes), xk.split(sizes), xv.split(sizes), segments)
+        output = torch.cat([self.attend(*sequence) for sequence in sequences])
+        return self.wo(output.flatten(1))
 
     def attend(self, xq: Tensor, xk: Tensor, xv: Tensor, segment: Segment) -> Tensor:
-        """Attention of one sequence's tokens, (n_tokens, n_heads, head_dim) like xq."""
-        start_pos, n_tokens, cache, mask = segment
+        """Attention within one sequence, (n_tokens, n_heads, head_dim) like xq."""
+        start_pos, n_tokens, cache = segment
         if cache is not None:
             cache.update(self.layer_id, start_pos, xk, xv)
-            if n_tokens == 1:
-                return cache.attend_one(self.layer_id, xq[0], start_pos + 1)[None]
-        if mask is None:
-            return attention(xq, xk.transpose(0, 1), xv.transpose(0, 1))
-        if n_tokens <= FEW:
-            return cache.attend_few(self.layer_id, xq, mask)
-        queries = xq.unflatten(1, (xk.shape[1], -1))  # grouped by the head of keys that they share
-        outputs = [
-            attention(queries[:, heads].flatten(1, 2), keys, values, mask)
-            for heads, keys, values in cache.read(self.layer_id, start_pos + n_tokens)
-        ]
-        return torch.cat(outputs, 1)
-
-
-def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, (n_tokens, n_heads, head_dim) like xq.
-
-    keys, values: (n_kv_heads, start_pos + n_tokens, head_dim), of any dtype.
-    mask: True where a token attends, (n_tokens, start_pos + n_tokens). None: causal.
-    """
-    output = F.scaled_dot_product_attention(
-        xq.transpose(0, 1)[None],
-        keys[None].type_as(xq),
-        values[None].type_as(xq),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,  # without copies of keys and values
-    )
-    return output[0].transpose(0, 1)
+        if start_pos > 0:
+            return cache.attend(self.layer_id, xq, start_pos + n_tokens)
+        xq, xk, xv = (x.transpose(0, 1)[None] for x in (xq, xk, xv))
+        output = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=True)
+        return output[0].transpose(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +185,7 @@ class Transformer(nn.Module):
             ValueError: A position is not below `args.max_seq_len`.
         """
         if start_pos == 0:
-            self.caches = [self.new_cache(len(row)) for row in tokens]
+            self.caches = [self.new_cache(self.args.max_seq_len) for _ in tokens]
         hidden = self.hidden(tokens, [start_pos] * len(tokens), self.caches)
         last = torch.arange(1, len(tokens) + 1) * tokens.shape[1] - 1
         return self.output(hidden[last]).float()
@@ -240,10 +210,7 @@ class Transformer(nn.Module):
         for row, start_pos, cache in zip(tokens, starts, caches, strict=True):
             if start_pos + len(row) > self.args.max_seq_len:
                 raise ValueError(f"max_seq_len is {self.args.max_seq_len}: no more positions")
-            mask = None
-            if start_pos > 0 and len(row) > 1:
-                mask = torch.ones(len(row), start_pos + len(row), dtype=torch.bool).tril(start_pos)
-            segments.append(Segment(start_pos, len(row), cache, mask))
+            segments.append(Segment(start_pos, len(row), cache))
         freqs_cis = torch.cat([self.freqs_cis[s.start_pos :][: s.n_tokens] for s in segments])
 
         h = self.tok_embeddings(torch.cat(tuple(tokens)))
@@ -260,7 +227,5 @@ class Transformer(nn.Module):
         """
         back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
         for layer_id in range(self.args.n_layers):
-            for heads, keys, values in cache.read(layer_id, length):
-                keys = apply_rotary_emb(keys[:, end:], back).transpose(0, 1)
-                values = values[:, end:].transpose(0, 1).clone()
-                cache.update(layer_id, start, keys, values, heads)
+            keys, values = cache.read(layer_id, end, length)
+            cache.update(layer_id, start, apply_rotary_emb(keys, back), values)

@@ -1,8 +1,7 @@
 """How the next token is drawn from the model's logits."""
 
 import math
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +34,8 @@ class Sampling:
     prompt_lookup: int = 8
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(Sampling).items():
-            kinds = typing.get_args(kind) or (kind,)
-            kinds += (int,) if float in kinds else ()
-            value, names = getattr(self, name), " or ".join(k.__name__ for k in kinds)
-            check(type(value) in kinds, name, names.replace("NoneType", "None"), value)
         t, p, k, penalty = self.temperature, self.top_p, self.top_k, self.repetition_penalty
-        check(self.max_gen_len >= 0, "max_gen_len", "0 or more tokens", self.max_gen_len)
+        check(0 <= self.max_gen_len <= 2**20, "max_gen_len", "0 to 2**20 tokens", self.max_gen_len)
         check(0 <= t < math.inf, "temperature", "0 or more", t)
         check(0 <= p <= 1, "top_p", "a number from 0 to 1", p)
         check(k is None or k >= 0, "top_k", "0 (off) or more", k)
@@ -50,31 +44,14 @@ class Sampling:
         check(0 <= self.prompt_lookup <= 64, "prompt_lookup", "0 to 64 tokens", self.prompt_lookup)
 
     def generator(self) -> torch.Generator:
+        """The source of random numbers for one call of `generate`, or one chat."""
         generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
         return generator
 
 
-def make_sampling(
-    max_gen_len: int, temperature: float, top_p: float, options: Mapping[str, float | None]
-) -> Sampling:
-    """The Sampling of a call of `generate` or `stream`."""
-    known = Sampling.__dataclass_fields__.keys()
-    for name in options.keys() - known:
-        raise UserError(f"there is no option {name}: the options are {', '.join(known)}")
-    return Sampling(max_gen_len, temperature, top_p, **options)
-
-
-def draw_uniforms(n: int, generator: torch.Generator) -> Tensor:
-    """A random number for each of n tokens: prompt lookup and batching do not change the text."""
-    return torch.rand(n, generator=generator, dtype=torch.float64)
-
-
 def sample(
-    logits: Tensor, sequences: Sequence[Sequence[int]], uniforms: Tensor, sampling: Sampling
+    logits: Tensor, sequences: Iterable[Sequence[int]], uniforms: Tensor, sampling: Sampling
 ) -> Tensor:
     """Draw a token for each row of logits.
 
@@ -103,7 +80,7 @@ def sample(
     return sample_top_p(probs, sampling.top_p, uniforms)
 
 
-def penalize(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def penalize(logits: Tensor, sequences: Iterable[Sequence[int]], penalty: float) -> Tensor:
     """Divide the logits of tokens that a sequence has by the penalty (arXiv 1909.05858, 4.1).
 
     A negative logit is multiplied, as in all implementations: dividing would make it more probable.

@@ -89,30 +89,30 @@ def longest_recent_match(tokens: list[int], length: int) -> list[int]:
     return []
 
 
-def test_a_guess_is_what_followed_the_longest_most_recent_match():
+def test_a_draft_is_what_followed_the_longest_most_recent_match():
     rng = random.Random(0)
     n_found = 0
     for _ in range(50):
         lookup, tokens = PromptLookup(5), []
         for _ in range(60):
             tokens += [rng.randrange(4) for _ in range(rng.randrange(4))]
-            guess = lookup.guess(tokens)
-            assert guess == longest_recent_match(tokens, 5)
-            n_found += bool(guess)
+            draft = lookup.draft(tokens)
+            assert draft == longest_recent_match(tokens, 5)
+            n_found += bool(draft)
     assert n_found > 1000
-    assert PromptLookup(0).guess([1, 2, 3] * 5) == []
+    assert PromptLookup(0).draft([1, 2, 3] * 5) == []
 
 
-def test_guesses_grow_after_success_and_stop_for_a_while_after_failure():
+def test_drafts_grow_after_success_and_stop_for_a_while_after_failure():
     tokens = [*range(20), 0, 1, 2]
     lookup = PromptLookup(8)
-    lookup.learn(8, 3)
-    assert len(lookup.guess(tokens)) == 3
-    lookup.learn(3, 3)
-    assert len(lookup.guess(tokens)) == 6
-    lookup.learn(6, 6)
-    assert len(lookup.guess(tokens)) == 8
-    lookup.learn(8, 0)
-    sizes = [len(lookup.guess(tokens)) for _ in range(20)]
+    lookup.adapt(8, 3)
+    assert len(lookup.draft(tokens)) == 3
+    lookup.adapt(3, 3)
+    assert len(lookup.draft(tokens)) == 6
+    lookup.adapt(6, 6)
+    assert len(lookup.draft(tokens)) == 8
+    lookup.adapt(8, 0)
+    sizes = [len(lookup.draft(tokens)) for _ in range(20)]
     assert sizes[0] == 0
     assert 0 < sizes[-1] <= 3

@@ -115,13 +115,6 @@ def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, s
     assert relative_error(logits_of(model, LONG[start:end], start, cache), naive[start:end]) < 1e-4
 
 
-def test_a_cache_grows_beyond_the_length_it_was_made_for(model, naive):
-    cache = model.new_cache(1)
-    for start, end in [(0, 7), (7, 8), (8, 100), (100, 101), (101, 170)]:
-        logits = logits_of(model, LONG[start:end], start, cache)
-        assert relative_error(logits, naive[start:end]) < 1e-4
-
-
 def test_sequences_of_one_pass_do_not_see_each_other(model, naive):
     starts, ends = [0, 100, 99, 30], [20, 108, 100, 170]
     caches = [model.new_cache(170) for _ in starts]
