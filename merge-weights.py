@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama import cli
-from llama.checkpoint import find_shards
-from llama.errors import UserError
-from llama.merge import open_shards, write_merged
+from llama.merge import open_source, write_merged
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
@@ -38,26 +36,15 @@ def main(
         python merge-weights.py --input_dir TinyLlama-1.1B-Chat-v1.0 --output_dir model
         python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
     """
-    source, target = Path(input_dir, model_size or ""), Path(output_dir)
-    if find_shards(source):
-        tokenizer = cli.find_tokenizer(source) if quantize else None
-        # params.json goes along, but not into the current directory.
-        checkpoint = open_shards(source, target.resolve() != Path.cwd(), tokenizer)
-    elif (source / "config.json").exists():
-        from llama.huggingface import open_folder
-
-        checkpoint = open_folder(source)
-    else:
-        raise UserError(
-            f"{source} has no consolidated.*.pth and no config.json: set `input_dir` and "
-            "`model_size` to the directory of the weights"
-        )
-    kind = None if dtype is None else getattr(torch, dtype)
-    merged = write_merged(checkpoint, target, kind, quantize, overwrite)
+    folder, target = Path(input_dir, model_size or ""), Path(output_dir)
+    # params.json goes along, but not into the current directory.
+    tokenizer = cli.find_tokenizer(folder) if quantize else None
+    source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
+    merged = write_merged(source, target, dtype and getattr(torch, dtype), quantize, overwrite)
     if (target / "params.json").exists():
         print(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}", file=sys.stderr)
     else:
-        print(f"wrote {merged}. Move it to its params.json, {source}, to run it", file=sys.stderr)
+        print(f"wrote {merged}. Move it to its params.json, {folder}, to run it", file=sys.stderr)
 
 
 if __name__ == "__main__":

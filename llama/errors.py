@@ -1,4 +1,6 @@
-"""The exception for a user's mistake, and how an error is printed."""
+"""The exception for a user's mistake, and checks that raise it."""
+
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -13,6 +15,19 @@ def check(condition: bool, name: str, expected: str, value: object) -> None:
     """Raise UserError unless the condition on a parameter's value holds."""
     if not condition:
         raise UserError(f"`{name}` must be {expected}, not {value!r:.60}")
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError unless `path` is a file with contents of its own.
+
+    A FIFO would be waited for for ever, and a git-lfs pointer only names the contents.
+    """
+    if not path.is_file():
+        kind = "is not a regular file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {kind}")
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise UserError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
 
 
 def one_line(error: object) -> str:

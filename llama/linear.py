@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from .cache import weighted_sums
 
-FEW = 4  # fewer tokens than this are bound by memory bandwidth, more by arithmetic
-BAG = 128  # outputs in a block of W^T
-BLOCK = 2**21  # elements of a block that is converted or unpacked: it stays in the CPU's caches
+FEW_TOKENS = 4  # fewer tokens than this are bound by memory bandwidth, more by arithmetic
+COLUMNS = 128  # outputs in a block of W^T
+BLOCK_SIZE = 2**21  # elements that are converted or unpacked at once: they stay in the caches
+NO_OFFSET = torch.zeros(1, dtype=torch.int32)  # of symmetric int8 weights
 UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, or on this CPU
 
 
@@ -46,17 +47,21 @@ def int8_pack(weight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
-def int8_linear(q: Tensor, scale: float, packed: Tensor, scales: Tensor) -> Tensor:
-    """fp32 (scale * (q - 128)) (scales * W)^T for uint8 q, int8 W (`int8_pack`), fp32 scales."""
-    zero = zero_point()  # of the weights: they are symmetric
-    return torch.ops.onednn.qlinear_pointwise(
-        q, scale, 128, packed, scales, zero, None, 1.0, 0, torch.float32, "none", [], ""
+def int8_linear(q: Tensor, scale: Tensor | float, packed: Tensor, scales: Tensor) -> Tensor:
+    """fp32 (scale * (q - 128)) (scales * W)^T.
+
+    Args:
+        q: uint8 (n, k).
+        scale: fp32 (n, 1), or a number for all rows.
+        packed: int8 W, (m, k), as `int8_pack` returns it.
+        scales: fp32 (m,).
+    """
+    one_scale = isinstance(scale, float)
+    y = torch.ops.onednn.qlinear_pointwise(
+        *(q, scale if one_scale else 1.0, 128, packed, scales, NO_OFFSET),
+        *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
-
-
-@functools.cache
-def zero_point() -> Tensor:
-    return torch.zeros(1, dtype=torch.int32)
+    return y if one_scale else y.mul_(scale)
 
 
 def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ def unpack_int4(packed: Tensor, interleaving: int) -> Tensor:
     return out.view(torch.int8).flatten(1)
 
 
-def row_blocks(n_rows: int, n_columns: int, size: int = BLOCK, multiple: int = 64) -> list[slice]:
+def row_blocks(n_rows: int, n_columns: int, size: int = BLOCK_SIZE, multiple: int = 64) -> list[slice]:
     """Ranges of rows with about `size` elements each, a multiple of some number of rows."""
     step = max(multiple, size // n_columns // multiple * multiple)
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
@@ -157,7 +162,7 @@ class PlainLinear(nn.Linear):
     """PyTorch's own product; for many tokens in bf16, in fp32 block by block."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < FEW or self.weight.dtype == torch.float32:
+        if len(x) < FEW_TOKENS or self.weight.dtype == torch.float32:
             return F.linear(x, self.weight)
         rows = row_blocks(*self.weight.shape)
         return linear_by_blocks(x, (self.weight[block].float() for block in rows))
@@ -188,14 +193,14 @@ class TransposedLinear(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.out_features, in_features = weight.shape
-        blocks = weight.split(BAG)
-        table = weight.new_zeros(len(blocks), in_features, BAG)  # the last need not be full
+        blocks = weight.split(COLUMNS)
+        table = weight.new_zeros(len(blocks), in_features, COLUMNS)  # the last need not be full
         for block, rows in zip(table, blocks):
             block[:, : len(rows)] = rows.t()
         self.register_buffer("table", table)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < FEW:
+        if len(x) < FEW_TOKENS:
             return torch.cat([self.forward_one(row) for row in x])
         multiply = onednn_linear if has_onednn(torch.float32) else F.linear
         y = torch.cat([multiply(x, block.t()) for block in self.table], 1)

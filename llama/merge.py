@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from .checkpoint import VERSION, check_files, check_weights, empty_model, find_shards, model_args
+from .checkpoint import (
+    VERSION,
+    check_files,
+    empty_model,
+    find_files,
+    find_shards,
+    model_args,
+    open_tokenizer,
+)
 from .errors import UserError
 from .model import ModelArgs
 from .params import read_params
 from .tokenizer import Tokenizer
-from .weights import FORMAT, Weight, is_quantized, open_checkpoint
+from .weights import FORMAT, Weight, open_checkpoint, quantization_of
 
 Write = Callable[[str, Tensor], None]
+Produce = Callable[[Write], None]  # writes all tensors
 
 
 class Source(NamedTuple):
@@ -32,21 +41,26 @@ class Source(NamedTuple):
     files: dict[str, bytes]
 
 
-def open_shards(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Source:
-    """Open Meta's shards, checked against params.json if there is one.
+def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Source:
+    """Open Meta's shards or merged.pth, or a Hugging Face folder.
 
     Args:
-        folder: The directory of the shards.
-        copy_files: Take params.json and tokenizer.model along.
+        folder: The directory of the weights.
+        copy_files: Take Meta's params.json and tokenizer.model along.
         tokenizer_path: Reads the text that quantizing takes. Default: tokenizer.model in folder.
     """
-    weights = open_checkpoint(check_files(folder, find_shards(folder)))
-    path = tokenizer_path or folder / "tokenizer.model"
-    args, tokenizer = None, Tokenizer(path) if path.exists() else None
-    if (folder / "params.json").exists():
-        args = model_args(read_params(folder / "params.json"), weights, tokenizer, folder)
-        check_weights(weights, args, folder)
-    paths = [folder / name for name in ("params.json", "tokenizer.model")] if copy_files else []
+    paths = find_shards(folder) or find_files(folder)
+    if not paths and (folder / "config.json").exists():
+        from .huggingface import open_folder
+
+        return open_folder(folder)
+    weights, args, tokenizer = open_checkpoint(check_files(folder, paths)), None, None
+    params_path, path = folder / "params.json", tokenizer_path or folder / "tokenizer.model"
+    if params_path.exists():
+        params = read_params(params_path)
+        tokenizer = open_tokenizer(path, params) if path.exists() else None
+        args = model_args(params, weights, tokenizer, folder)
+    paths = [params_path, folder / "tokenizer.model"] if copy_files else []
     return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in paths if p.exists()})
 
 
@@ -60,7 +74,7 @@ def write_merged(
     """Write a checkpoint as output_dir/merged.pth.
 
     Args:
-        source: The checkpoint, see `open_shards` and `llama.huggingface.open_folder`.
+        source: The checkpoint, see `open_source`.
         dtype: Convert the weights. Default: keep their dtype.
         quantize: int8 or int4, to quantize them. Default: do not.
         overwrite: Replace files that exist.
@@ -69,15 +83,15 @@ def write_merged(
     Raises:
         UserError: A file exists, the disk is too small, or a weight does not fit the dtype.
     """
-    if quantize and is_quantized(source.weights):
-        raise UserError("the weights are quantized already: leave out `quantize`")
+    if quantization_of(source.weights):
+        raise UserError("the weights are quantized already: use the original ones")
     if quantize and dtype:
         raise UserError("`dtype` has no effect with `quantize`: leave it out")
     if quantize and not source.args:
         raise UserError("quantizing needs the params.json that belongs to the weights")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
-    state = final_state(source, dtype, quantize)
+    state, produce = quantized(source, quantize) if quantize else converted(source, dtype)
     output_dir.mkdir(parents=True, exist_ok=True)
     target = output_dir / "merged.pth"
     needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
@@ -89,7 +103,7 @@ def write_merged(
                 stack.enter_context(replacing(path, overwrite)).write_bytes(content)
         if free < needed:
             raise UserError(f"{target} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
-        write_state(partial, state, lambda write: produce(source, state, quantize, write))
+        write_state(partial, state, produce)
         if overwrite and source.files:  # old weights are never beside new params.json
             target.unlink(missing_ok=True)
     return target
@@ -126,52 +140,48 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def final_state(
-    source: Source, dtype: torch.dtype | None, quantize: str | None
-) -> dict[str, Tensor]:
-    """The tensors that will be written, on the meta device."""
-    if quantize:
-        return empty_model(source.args, quantize, {}).state_dict()
-    dtypes = {n: w.dtype if is_kept(n, w) else dtype or w.dtype for n, w in source.weights.items()}
-    return {
-        name: torch.empty(weight.shape, dtype=dtypes[name], device="meta")
+def converted(source: Source, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Produce]:
+    """The tensors to write, on the meta device, and a function that writes them one by one."""
+    state = {
+        name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
         for name, weight in source.weights.items()
     }
 
-
-def is_kept(name: str, weight: Weight) -> bool:
-    """True for the buffers of quantized layers, whose dtypes are part of the format."""
-    return not weight.dtype.is_floating_point or not name.endswith(".weight")
-
-
-def produce(
-    source: Source, state: Mapping[str, Tensor], quantize: str | None, write: Write
-) -> None:
-    """Call write(name, tensor) for every tensor of the state, in the dtype that it has there."""
-    if not quantize:
+    def produce(write: Write) -> None:
         for name, weight in source.weights.items():
             write(name, weight.read(state[name].dtype))
-        return
+
+    return state, produce
+
+
+def quantized(source: Source, scheme: str) -> tuple[dict[str, Tensor], Produce]:
+    """The same for quantized weights."""
     from .quantization.calibration import calibrate, calibration_tokens
 
-    def deliver(path: str, layer: nn.Module) -> None:
-        for name, buffer in layer.state_dict(prefix=f"{path}.").items():
-            write(name, buffer)
+    model = empty_model(source.args, scheme)
+    version = torch.tensor([VERSION], dtype=torch.uint8)
 
-    for name, tensor in empty_model(source.args, quantize, {}).named_parameters():
-        write(name, source.weights[name].read(tensor.dtype))
-    tokens = calibration_tokens(source.tokenizer, source.args.vocab_size)
-    calibrate(source.args, source.weights, quantize, tokens, deliver)
+    def produce(write: Write) -> None:
+        def on_quantized(path: str, layer: nn.Module) -> None:
+            for name, buffer in layer.state_dict(prefix=f"{path}.").items():
+                write(name, buffer)
+            layer.to("meta")
+
+        write(FORMAT, version)
+        for name, tensor in model.named_parameters():
+            write(name, source.weights[name].read(tensor.dtype))
+        tokens = calibration_tokens(source.tokenizer, source.args.vocab_size)
+        calibrate(model, source.weights, tokens, on_quantized)
+
+    return model.state_dict() | {FORMAT: version.to("meta")}, produce
 
 
-def write_state(path: Path, state: Mapping[str, Tensor], produce: Callable[[Write], None]) -> None:
+def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> None:
     """Make `path` a checkpoint of the state, whose tensors `produce` writes one by one."""
     offsets = reserve(path, state)
     total = sum(tensor.nbytes for tensor in state.values())
-    with (
-        path.open("r+b") as file,
-        tqdm(desc="writing", total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
+    options = {"unit": "B", "unit_scale": True, "disable": None}
+    with path.open("r+b") as file, tqdm(desc="writing", total=total, **options) as bar:
 
         def write(name: str, tensor: Tensor) -> None:
             tensor = tensor.contiguous()
@@ -180,15 +190,12 @@ def write_state(path: Path, state: Mapping[str, Tensor], produce: Callable[[Writ
             bar.update(tensor.nbytes)
 
         produce(write)
-        if is_quantized(state):
-            write(FORMAT, torch.tensor([VERSION], dtype=torch.uint8))
 
 
 def reserve(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
     """Write a checkpoint with holes for these tensors; returns where the bytes of each belong."""
-    version = {FORMAT: torch.empty(1, dtype=torch.uint8)} if is_quantized(state) else {}
     with FakeTensorMode():
-        fakes = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in (state | version).items()}
+        fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
     try:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(fakes, path)

@@ -75,7 +75,7 @@ def available_cpus(root: Path = ROOT) -> int:
 
 
 @contextmanager
-def without_holes() -> Iterator[None]:
+def trim_heap() -> Iterator[None]:
     """Let glibc give freed blocks of 1 MB and more back to the system at once.
 
     Otherwise freed blocks between blocks in use stay resident: 80 MB in loading 2 GB.

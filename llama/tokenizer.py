@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from .errors import UserError
+from .errors import UserError, check_file
 
 # sentencepiece decodes each byte that is not UTF-8 to one U+FFFD.
 codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -93,27 +93,20 @@ class Tokenizer:
 
 def read_model(path: Path) -> SentencePieceProcessor:
     """Read a sentencepiece model and check that every piece of it can be used."""
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    if not path.exists():
         raise UserError(
             f"there is no tokenizer {path}: tokenizer.model comes with the weights, "
             "set `tokenizer_path` to it"
-        ) from None
+        )
+    check_file(path)
+    content = path.read_bytes()
     try:
         model = SentencePieceProcessor(model_proto=content)
         model.id_to_piece(list(range(model.vocab_size())))
     except (RuntimeError, UnicodeDecodeError):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             raise UserError(f"{path} is Llama 3's (tiktoken): this is for LLaMA 1 and 2") from None
-        if content.startswith(LFS_POINTER):
-            raise UserError(
-                f"{path} is a git-lfs pointer, not the file: run git lfs pull"
-            ) from None
         raise UserError(f"{path} is not a valid sentencepiece model") from None
     if min(model.bos_id(), model.eos_id()) < 0:
         raise UserError(f"{path} has no <s> and </s>: it is not LLaMA's tokenizer")
     return model
-
-
-LFS_POINTER = b"version https://git-lfs"

@@ -8,54 +8,54 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .tokenizer import LFS_POINTER
+from .errors import UserError, check_file
 
-FORMAT = "quantized.format"  # the version of a quantized checkpoint's format, one uint8
+FORMAT = "quantized.format"  # marks a quantized checkpoint: the version of its format, one uint8
 # Not weights: the model computes its own angles. Meta's 7B stores them for every layer.
 UNUSED = ("rope.freqs", "rotary_emb.inv_freq")
-BLOCK = 2**24  # elements copied at a time: bounds the memory that is held twice
+COPY_SIZE = 2**24  # elements that are copied at once: bounds the memory that is held twice
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 
 
-class Kind(NamedTuple):
+class WeightSpec(NamedTuple):
     """What is special about a weight of shape (out_features, in_features)."""
 
-    split_dim: int | None  # the dimension that Meta's shards, and our ranks, divide
-    split_by: str  # what that dimension consists of: dim, heads, hidden or vocab
+    split_dim: int | None  # the dimension that Meta's shards divide
+    unit: str | None  # what our ranks divide in it: heads, hidden or vocab. None: nothing
     min_bits: int  # the fewest that quantization may leave
 
 
 WEIGHTS = {
-    "tok_embeddings": Kind(1, "dim", 8),
-    "attention_norm": Kind(None, "", 16),
-    "wq": Kind(0, "heads", 4),
-    "wk": Kind(0, "heads", 4),
-    "wv": Kind(0, "heads", 4),
-    "wo": Kind(1, "heads", 4),
-    "ffn_norm": Kind(None, "", 16),
-    "w1": Kind(0, "hidden", 4),
-    "w2": Kind(1, "hidden", 4),
-    "w3": Kind(0, "hidden", 4),
-    "norm": Kind(None, "", 16),
-    "output": Kind(0, "vocab", 8),
+    "tok_embeddings": WeightSpec(1, None, 8),
+    "attention_norm": WeightSpec(None, None, 16),
+    "wq": WeightSpec(0, "heads", 4),
+    "wk": WeightSpec(0, "heads", 4),
+    "wv": WeightSpec(0, "heads", 4),
+    "wo": WeightSpec(1, "heads", 4),
+    "ffn_norm": WeightSpec(None, None, 16),
+    "w1": WeightSpec(0, "hidden", 4),
+    "w2": WeightSpec(1, "hidden", 4),
+    "w3": WeightSpec(0, "hidden", 4),
+    "norm": WeightSpec(None, None, 16),
+    "output": WeightSpec(0, "vocab", 8),
 }
-# The dimensions of a module's tensors that go with (out_features, in_features); None: neither.
-BUFFERS = {"weight": (0, 1), "scales": (0, None), "groups": (1, 0), "directions": (None, 1)}
-BUFFERS["corrections"] = (0, None)
+# For each tensor of a module: which of its dimensions are (out_features, in_features).
+DIMS = {"weight": (0, 1), "scales": (0, None), "groups": (1, 0), "directions": (None, 1)}
+DIMS["corrections"] = (1, None)
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension of the tensor `name` that shards and ranks divide. None: every shard has all of it."""
-    kind, buffer = f".{name}".split(".")[-2:]
-    dim = WEIGHTS[kind].split_dim if kind in WEIGHTS else None
-    return None if dim is None else BUFFERS.get(buffer, (None, None))[dim]
+    """The dimension of a tensor that shards and ranks divide. None: every shard has all of it."""
+    module, tensor = f".{name}".split(".")[-2:]
+    dim = WEIGHTS[module].split_dim if module in WEIGHTS else None
+    return None if dim is None else DIMS.get(tensor, (None, None))[dim]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Weight:
         name: For errors.
         parts: The shards' tensors, usually memory maps of their files.
         dim: The dimension in which the parts are concatenated.
-        shape: Of the whole. A part may be a view with more dimensions, such as permuted q and k.
+        shape: Of the whole. A single part may be a view with more dimensions.
         mapped: The parts are memory maps, whose pages can be dropped.
     """
 
@@ -80,26 +80,27 @@ class Weight:
     def dtype(self) -> torch.dtype:
         return self.parts[0].dtype
 
-    def copy_to(self, out: Tensor) -> Tensor:
-        """Copy into a tensor of the same shape and any float dtype, then drop the parts' pages."""
-        sizes = [self.shape[self.dim] // len(self.parts)] * len(self.parts)
-        if len(self.parts) > 1:
-            sizes = [part.shape[self.dim] for part in self.parts]
-        for part, target in zip(self.parts, out.split(sizes, self.dim)):
-            n_rows = max(BLOCK * len(part) // part.numel(), 1)
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The whole tensor. The memory that reading its files has filled is given back.
+
+        Raises:
+            UserError: A value is not finite in this dtype.
+        """
+        out = torch.empty(self.shape, dtype=dtype)
+        sizes = [part.shape[self.dim] for part in self.parts]
+        targets = out.split(sizes, self.dim) if len(sizes) > 1 else [out]
+        for part, target in zip(self.parts, targets):
+            n_rows = max(COPY_SIZE * len(part) // part.numel(), 1)
             blocks = zip(target.view(part.shape).split(n_rows), part.split(n_rows))
             for target_rows, rows in blocks:
                 target_rows.copy_(rows)
                 if self.mapped:
                     drop_pages(rows)
-        if out.is_floating_point() and not all(x.isfinite() for x in out.aminmax()):
+        if dtype.is_floating_point and not all(x.isfinite() for x in out.aminmax()):
             if all(part.isfinite().all() for part in self.parts):
-                raise UserError(f"{self.name} has values that are too large for {out.dtype}")
+                raise UserError(f"{self.name} has values that are too large for {dtype}")
             raise UserError(f"{self.name} has NaN or Inf in it: the file is damaged")
         return out
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        return self.copy_to(torch.empty(self.shape, dtype=dtype))
 
 
 def drop_pages(tensor: Tensor) -> None:
@@ -110,8 +111,8 @@ def drop_pages(tensor: Tensor) -> None:
     first = math.ceil(tensor.data_ptr() / mmap.PAGESIZE) * mmap.PAGESIZE
     n_bytes = tensor.data_ptr() + n_elements * tensor.itemsize - first
     if n_bytes > 0:
-        address = ctypes.c_void_p(first)
-        ctypes.CDLL(None).madvise(address, ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
+        address, size = ctypes.c_void_p(first), ctypes.c_size_t(n_bytes)
+        ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -120,7 +121,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     Raises:
         UserError: torch.load(weights_only=True) does not read the file as a dict of tensors.
     """
-    check_regular(path)
+    check_file(path)
     mapped = is_mappable(path)
     try:
         with warnings.catch_warnings():
@@ -144,29 +145,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     return {str(k): t for k, t in found.items() if isinstance(t, Tensor) and t.dim() > 0}, mapped
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """True if a tensor's elements are all there, and of a dtype that weights have."""
-    return tensor.dtype in DTYPES and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is not a file with contents of its own: a FIFO would be waited for for ever."""
-    if not path.is_file():
-        kind = "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {kind}")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
-
-
 def is_mappable(path: Path) -> bool:
-    """True if torch.load(mmap=True) reads the file right: a zip file without compression."""
+    """True if torch.load(mmap=True) reads the file correctly: a zip file without compression."""
     try:
         str(path).encode()  # torch maps only files whose names are UTF-8
         with zipfile.ZipFile(path) as archive:
             return all(entry.compress_type == 0 for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError):
         return False
+
+
+def check_tensor(tensor: Tensor, label: str) -> None:
+    """Refuse a tensor that cannot be a weight."""
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+        kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise UserError(f"{label} is {kind}, which is not supported")
+    if not tensor.numel():
+        raise UserError(f"{label} is empty")
 
 
 def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
@@ -177,43 +172,36 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
     """
     shards, maps = zip(*(read_tensors(path) for path in paths))
     weights = {}
-    for name, first in shards[0].items():
+    for name in dict.fromkeys(chain(*shards)):
         if name.endswith(UNUSED):
             continue
         parts = [shard.get(name) for shard in shards]
-        dim = split_dim(name)
-        for path, part in zip(paths, parts):
-            if part is None or (part.shape, part.dtype) != (first.shape, first.dtype):
-                raise UserError(
-                    f"{path} and {paths[0]} are not shards of one model: {name} differs"
-                )
-            if not is_plain(part) or not part.numel():
-                kind = f"{part.layout} {part.dtype} {tuple(part.shape)} on {part.device}"
-                raise UserError(f"{path}: {name:.60} is {kind}, which is not a weight of LLaMA's")
-        if dim is None or dim >= first.dim():
-            if name == "norm.weight":
-                check_same(name, parts, paths)
-            parts, dim = parts[:1], 0
-        shape = list(first.shape)
-        shape[dim] *= len(parts)
-        weights[name] = Weight(
-            f"{paths[0].parent}: {name}", parts, dim, torch.Size(shape), all(maps)
-        )
-    for path, shard in zip(paths, shards):
-        if extra := [n for n in shard if n not in weights and not n.endswith(UNUSED)]:
+        kinds = [part is not None and (part.shape, part.dtype) for part in parts]
+        other = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is None:
+            check_tensor(parts[0], f"{paths[0]}: {name:.60}")
+        if other is None and name == "norm.weight":  # the same in all shards of one model
+            other = next((n for n, part in enumerate(parts) if is_different(part, parts[0])), None)
+        if other is not None:
             raise UserError(
-                f"{path} and {paths[0]} are not shards of one model: {extra[0]} differs"
+                f"{paths[other]} and {paths[0]} are not shards of one model: {name:.60} differs"
             )
+        dim, shape = split_dim(name), list(parts[0].shape)
+        if dim is None or dim >= len(shape):
+            dim, parts = 0, parts[:1]
+        shape[dim] *= len(parts)
+        label = f"{paths[0].parent}: {name}"
+        weights[name] = Weight(label, parts, dim, torch.Size(shape), all(maps))
     return weights
 
 
-def check_same(name: str, parts: list[Tensor], paths: list[Path]) -> None:
-    """Refuse shards of different models: what all shards have should be the same in all."""
-    first = parts[0].float()
-    for part, path in zip(parts, paths):
-        if (part.float() - first).norm() > 0.1 * first.norm():
-            raise UserError(f"{path} and {paths[0]} are shards of different models: {name} differs")
+def is_different(x: Tensor, y: Tensor) -> bool:
+    return bool((x.float() - y.float()).norm() > 0.1 * y.float().norm())
 
 
-def is_quantized(weights: Mapping[str, Weight | Tensor]) -> bool:
-    return not all(w.dtype.is_floating_point for n, w in weights.items() if n != FORMAT)
+def quantization_of(weights: Mapping[str, Weight | Tensor]) -> str | None:
+    """The quantization scheme of a checkpoint's weights: int8, int4 or None."""
+    if any(name.endswith(".groups") for name in weights):
+        return "int4"
+    is_float = (w.dtype.is_floating_point for name, w in weights.items() if name != FORMAT)
+    return None if all(is_float) else "int8"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import llama
 from llama import Sampling
 from llama.cli import parse
-from llama.merge import open_shards, write_merged
+from llama.merge import open_source, write_merged
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 N_TESTS = 5
@@ -108,7 +108,7 @@ def attempt(request):
 
 
 def merge(folder: Path, out: Path, quantize: str | None) -> None:
-    write_merged(open_shards(folder, False), out, quantize=quantize, overwrite=True)
+    write_merged(open_source(folder, False), out, quantize=quantize, overwrite=True)
 
 
 def use(folder: Path, quantize: str | None = None) -> None:

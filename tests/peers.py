@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import llama
-from llama.huggingface import foreign_name
+from llama.huggingface import hf_name
 from llama.weights import open_checkpoint
 
 GGUF_NAMES = {  # Meta's names, and what llama.cpp has in their place
@@ -107,7 +107,7 @@ def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = open_checkpoint([folder / "merged.pth"])
-    state = {foreign_name(name): w.read(getattr(torch, dtype)) for name, w in weights.items()}
+    state = {hf_name(name): w.read(getattr(torch, dtype)) for name, w in weights.items()}
     model.load_state_dict(state, assign=True)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config)  # its angles were on the meta device, too

@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 import llama
-from llama.merge import open_shards, write_merged
+from llama.merge import open_source, write_merged
 
 WQ = "layers.0.attention.wq.weight"
 
@@ -138,7 +138,7 @@ def test_damaged_weights_are_refused_by_load_and_by_merge(folder, tmp_path, dama
         out = tmp_path / "out"
         out.mkdir()
         with pytest.raises(llama.UserError):
-            write_merged(open_shards(folder, False), out)
+            write_merged(open_source(folder, False), out)
         assert not list(out.iterdir())
 
 

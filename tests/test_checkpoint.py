@@ -13,7 +13,7 @@ from conftest import PARAMS, TOKENIZER, random_weights, run_python, write_shards
 from torch import Tensor
 
 import llama
-from llama.merge import open_shards, reserve, write_merged
+from llama.merge import open_source, reserve, write_merged
 
 PROMPT = "Once upon a time"
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
@@ -47,7 +47,7 @@ def test_the_first_release_runs_unmerged_and_merges_bit_for_bit(
     unused = {angles.format(layer): weights["rope.freqs"].half() for layer in range(2)}
     folder = write_shards(tmp_path / size, model | unused, n_shards, params)
     assert greedy(folder) == greedy(write_shards(tmp_path / "one", model, 1, params))
-    merged = torch.load(write_merged(open_shards(folder, False), tmp_path), weights_only=True)
+    merged = torch.load(write_merged(open_source(folder, False), tmp_path), weights_only=True)
     assert merged.keys() == model.keys()
     assert all(torch.equal(merged[name], weight) for name, weight in model.items())
 
@@ -124,7 +124,7 @@ def test_a_vocabulary_of_minus_1_is_as_large_as_the_embedding(weights, tmp_path)
     row = torch.full((1, PARAMS["dim"]), 60000.0).half()
     more = {n: torch.cat([weights[n], row]) for n in ("tok_embeddings.weight", "output.weight")}
     write_shards(tmp_path, weights | more, 1)
-    write_merged(open_shards(tmp_path, False), tmp_path)
+    write_merged(open_source(tmp_path, False), tmp_path)
     model = llama.load(tmp_path, TOKENIZER)
     assert model.model.args.vocab_size == 2049
     assert model.model.output(torch.ones(1, PARAMS["dim"])).argmax() == 2048

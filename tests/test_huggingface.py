@@ -13,8 +13,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import llama
-from llama.huggingface import open_folder
-from llama.merge import write_merged
+from llama.merge import open_source, write_merged
 
 TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
 SMALL = {  # a feed-forward layer of no multiple of any power of two
@@ -62,14 +61,14 @@ def edit_json(path: Path, **fields: object) -> None:
 
 def convert(folder: Path, out: Path, **options) -> llama.LLaMA:
     """The model that a conversion writes."""
-    write_merged(open_folder(folder), out, **options)
+    write_merged(open_source(folder, True), out, **options)
     return llama.load(out, max_seq_len=64)
 
 
 def refusal(folder: Path) -> str:
     """The one line with which a folder is refused."""
     with pytest.raises(llama.UserError) as caught:
-        open_folder(folder)
+        open_source(folder, True)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -92,10 +91,10 @@ def test_a_converted_folder_agrees_with_transformers(name, kind, tmp_path):
 
 def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     folder = write_folder(tmp_path, "grouped")
-    expected = open_folder(folder).args
+    expected = open_source(folder, True).args
     absent = {"rope_parameters": None, "head_dim": None, "mlp_bias": None}
     edit_json(folder / "config.json", **absent, rope_theta=1e6, rope_scaling={"type": "default"})
-    assert open_folder(folder).args == expected
+    assert open_source(folder, True).args == expected
 
 
 def test_the_script_converts_a_folder_where_it_is_and_into_a_new_one(tmp_path, run_script):
@@ -211,11 +210,11 @@ def test_a_missing_or_damaged_file_of_weights_is_named(sharded):
 
 
 def test_files_of_two_models_are_told_apart_by_the_index(sharded):
-    whole = open_folder(sharded).weights["output.weight"].read(torch.float32)
+    whole = open_source(sharded, True).weights["output.weight"].read(torch.float32)
     for path in sharded.glob("model-*.safetensors"):
         other = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
         save_file(other, sharded / path.name.replace("of-0", "of-9"))
-    assert torch.equal(open_folder(sharded).weights["output.weight"].read(torch.float32), whole)
+    assert torch.equal(open_source(sharded, True).weights["output.weight"].read(torch.float32), whole)
     (sharded / "model.safetensors.index.json").unlink()
     assert "two models" in refusal(sharded)
 
@@ -269,5 +268,5 @@ def test_the_prompt_format_is_kept(tmp_path):
     folder = write_folder(tmp_path / "in")
     for template, style in (("<|im_start|>", "chatml"), ("<|user|>", "zephyr"), (1, None)):
         edit_json(folder / "tokenizer_config.json", chat_template=template)
-        params = json.loads(open_folder(folder).files["params.json"])
+        params = json.loads(open_source(folder, True).files["params.json"])
         assert params.get("chat_style") == style

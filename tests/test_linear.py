@@ -74,7 +74,7 @@ def exact(layer: QuantizedLinear, x: Tensor, rounded: bool = False) -> Tensor:
     if rounded:
         step = rest.abs().amax(1, keepdim=True) / 127
         rest = (rest / step).round() * step
-    return rest @ dequantized(layer).t() + u @ layer.corrections.double().t()
+    return rest @ dequantized(layer).t() + u @ layer.corrections.double()
 
 
 def measure() -> Iterator[tuple[str, str, float]]:

@@ -21,7 +21,7 @@ from conftest import (
 )
 
 import llama
-from llama.merge import Source, open_shards, write_merged
+from llama.merge import Source, open_source, write_merged
 from llama.weights import Weight
 
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
@@ -30,7 +30,7 @@ WQ = "layers.0.attention.wq.weight"
 
 def merge(folder: Path, out: Path, **options) -> dict[str, torch.Tensor]:
     """What merged.pth holds afterwards."""
-    return torch.load(write_merged(open_shards(folder, False), out, **options), weights_only=True)
+    return torch.load(write_merged(open_source(folder, False), out, **options), weights_only=True)
 
 
 class Hooked(Weight):
@@ -42,7 +42,7 @@ class Hooked(Weight):
 
 
 def hooked(folder: Path, hook: Callable[[], None]) -> Source:
-    source, weights = open_shards(folder, False), {}
+    source, weights = open_source(folder, False), {}
     for name, weight in source.weights.items():
         weights[name] = Hooked(weight.name, weight.parts, weight.dim, weight.shape, weight.mapped)
         weights[name].hook = hook
@@ -121,7 +121,7 @@ def test_merging_takes_the_memory_of_one_weight(tmp_path):
 import pathlib, sys, llama.merge
 from llama.system import peak_memory
 before, folder = peak_memory(), pathlib.Path(sys.argv[1])
-llama.merge.write_merged(llama.merge.open_shards(folder, False), folder)
+llama.merge.write_merged(llama.merge.open_source(folder, False), folder)
 print(peak_memory() - before)
 """
     grown = int(run_python(code, tmp_path))
@@ -168,8 +168,8 @@ def test_a_target_that_appears_while_a_merge_runs_is_kept(checkpoint, weights, t
 def test_weights_never_lie_beside_another_models_params(checkpoint, tmp_path, monkeypatch):
     """Where a run with --overwrite ends between two files."""
     out = tmp_path / "out"
-    write_merged(open_shards(checkpoint, True), out)
-    source = open_shards(shutil.copytree(checkpoint, tmp_path / "in"), True)
+    write_merged(open_source(checkpoint, True), out)
+    source = open_source(shutil.copytree(checkpoint, tmp_path / "in"), True)
     source.files["params.json"] += b"\n"
     replace, replaced = Path.replace, []
 
@@ -215,7 +215,7 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
     left = [path.name for path in tmp_path.iterdir() if path.name != "merged.pth"]
     assert len(left) == 3
     assert all(re.fullmatch(r"\.merged\.pth\.\w+\.partial", name) for name in left)
-    write_merged(open_shards(checkpoint, True), tmp_path, overwrite=True)
+    write_merged(open_source(checkpoint, True), tmp_path, overwrite=True)
     assert llama.load(tmp_path, TOKENIZER).generate("Once", 2)
 
 

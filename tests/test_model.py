@@ -135,24 +135,6 @@ def test_positions_beyond_the_context_are_refused(model):
         model(TOKENS[:1, :3], n_tokens)
 
 
-def test_a_long_cache_is_read_a_few_heads_at_a_time():
-    args = llama.ModelArgs(
-        dim=256, n_heads=4, n_kv_heads=2, n_layers=1, vocab_size=9, multiple_of=1, max_seq_len=2**17
-    )
-    torch.manual_seed(0)
-    model = llama.Transformer(args)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    start, end = 70000, 70065
-    cache = model.new_cache(end)
-    cache.update(0, 0, torch.randn(start, 2, 64), torch.randn(start, 2, 64))
-    assert len(list(cache.read(0, start))) == 2
-    tokens = torch.arange(end - start) % 9
-    together = logits_of(model, tokens, start, cache)
-    one_by_one = [logits_of(model, tokens[n : n + 1], start + n, cache) for n in range(end - start)]
-    assert relative_error(together, torch.cat(one_by_one)) < 1e-4
-
-
 def test_evicted_positions_leave_no_trace_in_a_model_of_one_layer(tmp_path):
     # With more layers, what remains has attended to what was evicted.
     params = GROUPED | {"n_layers": 1}

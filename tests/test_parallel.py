@@ -14,7 +14,7 @@ import torch.distributed as dist
 from conftest import DEMO, ROOT, TOKENIZER, relative_error, write_shards
 
 import llama
-from llama.merge import open_shards, write_merged
+from llama.merge import open_source, write_merged
 from llama.parallel import init_distributed
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
@@ -71,7 +71,7 @@ def folders(tmp_path_factory, weights) -> dict[str, Path]:
     folders["demo"] = DEMO
     for name in ("2 shards None", "2 shards int4", "demo int8", "demo int4"):
         source, quantize = name.rsplit(" ", 1)
-        folders[name], checkpoint = root / name, open_shards(folders[source], copy_files=True)
+        folders[name], checkpoint = root / name, open_source(folders[source], copy_files=True)
         write_merged(checkpoint, folders[name], quantize=None if quantize == "None" else quantize)
     return folders
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear import (
-    FEW,
+    FEW_TOKENS,
     has_int8pack,
     has_vnni,
     int4_interleaving,
@@ -33,27 +33,30 @@ from ..linear import (
     row_blocks,
     unpack_int4,
 )
+from ..weights import WEIGHTS
 from .rounding import group_size, quantize_int4, row_scales
 
-MANY = 64  # tokens: from here on unpacking int4 to int8 is faster than the 4-bit operator
+MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q r + C u, see above. Subclasses have Q, and multiply by it.
+    """y = Q r + C u, see above. Subclasses hold Q, and multiply by it.
 
     Buffers:
         directions: U, bf16 (n_directions, in_features).
-        corrections: C, bf16 (out_features, n_directions).
+        corrections: C^T, bf16 (n_directions, out_features).
     """
 
     def __init__(self, out_features: int, in_features: int, n_directions: int):
         super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-        self.add("directions", (n_directions, in_features), torch.bfloat16)
-        self.add("corrections", (out_features, n_directions), torch.bfloat16)
+        bf16 = functools.partial(torch.empty, dtype=torch.bfloat16)
+        self.register_buffer("directions", bf16(n_directions, in_features))
+        self.register_buffer("corrections", bf16(n_directions, out_features))
 
-    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.register_buffer(name, torch.empty(shape, dtype=dtype))
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.corrections.shape[1], self.directions.shape[1]
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, directions: Tensor) -> None:
@@ -64,21 +67,22 @@ class QuantizedLinear(nn.Module):
             directions: U, fp32.
         """
         self.directions = directions.bfloat16()
-        self.corrections = F.linear(weight, self.directions.float()).bfloat16()
+        self.corrections = F.linear(self.directions.float(), weight).bfloat16()
         self.quantize_weight(weight)
 
+    @torch.inference_mode()
     def prepare(self) -> None:
         """Bring the buffers into the form that this CPU multiplies fastest, once they are filled."""
         self.directions = shared(self.directions.float())  # one token: 2 us in fp32, 20 in bf16
-        self.corrections = self.corrections.float().t().contiguous()
+        self.corrections = self.corrections.float()
         self.prepare_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        projection, rest = split(x, self.directions)
-        return self.multiply(rest).addmm_(projection, self.corrections).type_as(x)
+        projection, residual = project_out(x, self.directions)
+        return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
 
-    def multiply(self, rest: Tensor) -> Tensor:
-        """fp32 Q r."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """fp32 x Q^T for fp32 x."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[Tensor]:
@@ -90,14 +94,14 @@ recent: deque[Tensor] = deque(maxlen=2)  # w1 and w3 share U, and w2 comes betwe
 
 
 def shared(directions: Tensor) -> Tensor:
-    """An earlier layer's equal tensor, if there is one, so that the cache of `split` hits."""
+    """An earlier layer's equal tensor, if there is one, so that the cache of `project_out` hits."""
     recent.append(next((d for d in recent if torch.equal(d, directions)), directions))
     return recent[-1]
 
 
 @functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input and one U
-def split(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """u and r of an input, in fp32."""
+def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """u = U x and the residual r = x - U^T u, in fp32."""
     x = x.float()
     projection = F.linear(x, directions)
     return projection, torch.addmm(x, projection, directions, alpha=-1)
@@ -106,16 +110,8 @@ def split(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=1)
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """x (n, k) as scale * (q - 128): uint8 q; a scale for each row (n, 1), or a float for one row."""
-    if len(x) == 1:  # fewer operators
-        scale = max(x.abs().max().item(), 1e-12) / 127
-        return torch.add(zero_and_half(), x, alpha=1 / scale).to(torch.uint8), scale
-    scale = row_scales(x)
-    return (x / scale).add_(zero_and_half()).to(torch.uint8), scale
-
-
-@functools.cache
-def zero_and_half() -> Tensor:
-    return torch.tensor(128.5, dtype=torch.float32)  # the zero point; a half, since .to() truncates
+    scale = max(x.abs().max().item(), 1e-12) / 127 if len(x) == 1 else row_scales(x)
+    return (x / scale).add_(128.5).to(torch.uint8), scale  # .to() truncates
 
 
 class Int8Linear(QuantizedLinear):
@@ -128,8 +124,8 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, out_features: int, in_features: int, n_directions: int = 8):
         super().__init__(out_features, in_features, n_directions)
-        self.add("weight", (out_features, in_features), torch.int8)
-        self.add("scales", (out_features,), torch.float32)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
 
     def quantize_weight(self, weight: Tensor) -> None:
         self.weight, self.scales = quantize_rows(weight)
@@ -138,20 +134,16 @@ class Int8Linear(QuantizedLinear):
         if has_vnni():
             self.weight = int8_pack(self.weight)
 
-    def multiply(self, rest: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if has_vnni():
-            q, scale = round_activations(rest)
-            if isinstance(scale, float):
-                return int8_linear(q, scale, self.weight, self.scales)
-            return int8_linear(q, 1.0, self.weight, self.scales).mul_(scale)
+            return int8_linear(*round_activations(x), self.weight, self.scales)
         # PyTorch 2.13 reads past the end of rows that are not a multiple of 16 long.
-        if len(rest) < FEW and has_int8pack() and self.in_features % 16 == 0:
-            y = int8pack_linear(rest.bfloat16(), self.weight, self.scales.bfloat16())
-            return y.float()
-        return linear_by_blocks(rest, self.blocks())
+        if len(x) < FEW_TOKENS and has_int8pack() and x.shape[1] % 16 == 0:
+            return int8pack_linear(x.bfloat16(), self.weight, self.scales.bfloat16()).float()
+        return linear_by_blocks(x, self.blocks())
 
     def blocks(self) -> Iterator[Tensor]:
-        for rows in row_blocks(self.out_features, self.in_features):
+        for rows in row_blocks(*self.shape):
             yield self.weight[rows] * self.scales[rows, None]
 
 
@@ -174,59 +166,59 @@ class Int4Linear(QuantizedLinear):
         groups: scale and zero, bf16 (in_features / group_size, out_features, 2).
     """
 
-    def __init__(
-        self, out_features: int, in_features: int, n_directions: int = 16, group: int | None = None
-    ):
+    def __init__(self, out_features: int, in_features: int, n_directions: int = 16):
         super().__init__(out_features, in_features, n_directions)
-        self.group_size = group or group_size(in_features)
-        self.add("weight", (out_features, in_features // 2), torch.uint8)
-        self.add("groups", (in_features // self.group_size, out_features, 2), torch.bfloat16)
+        n_groups = in_features // group_size(in_features)
+        weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        groups = torch.empty(n_groups, out_features, 2, dtype=torch.bfloat16)
+        self.register_buffer("weight", weight)
+        self.register_buffer("groups", groups)
         self.interleaving = 0  # of weight, see unpack_int4
+
+    @property
+    def group_size(self) -> int:
+        return self.directions.shape[1] // len(self.groups)
 
     def quantize_weight(self, weight: Tensor) -> None:
         q, self.groups = quantize_int4(weight, self.group_size)
         self.weight = q[:, ::2] | q[:, 1::2] << 4
 
     def prepare_weight(self) -> None:
-        if self.out_features % 64 == 0:
+        if self.shape[0] % 64 == 0:
             self.interleaving = int4_interleaving()
         if self.interleaving:
-            for rows in row_blocks(self.out_features, self.in_features):
+            for rows in row_blocks(*self.shape):
                 plain = self.weight[rows]
                 plain.copy_(int4_pack(unpack_int4(plain, 0).t().int()).view(plain.shape))
-        if has_vnni():  # the scale with which each row of Q fits in int8
+        if has_vnni():
             scale, zero = self.groups.float().unbind(2)
             limits = torch.maximum((zero - 8 * scale).abs(), (zero + 7 * scale).abs()).amax(0)
-            self.row_scales = limits.clamp_min_(1e-12).div_(127)
+            self.int8_scales = limits.clamp_min_(1e-12).div_(127)  # rows of Q fit in int8 by these
 
-    def multiply(self, rest: Tensor) -> Tensor:
-        if self.interleaving and len(rest) < MANY:
-            y = int4_linear(rest.bfloat16(), self.weight, self.group_size, self.groups)
-            return y.float()
-        if has_vnni():
-            return self.multiply_int8(rest)
-        return linear_by_blocks(rest, self.blocks())
+    def multiply(self, x: Tensor) -> Tensor:
+        if self.interleaving and len(x) < MANY_TOKENS:
+            return int4_linear(x.bfloat16(), self.weight, self.group_size, self.groups).float()
+        return self.multiply_int8(x) if has_vnni() else linear_by_blocks(x, self.blocks())
 
-    def multiply_int8(self, rest: Tensor) -> Tensor:
-        """Q in int8 with one scale for each output, block by block, and int8 activations."""
-        q, scale = round_activations(rest)
+    def multiply_int8(self, x: Tensor) -> Tensor:
+        """x Q^T with Q in int8 with one scale for each output, block by block, and int8 x."""
+        q, scale = round_activations(x)
         q = q.bitwise_xor(128).view(torch.int8)
-        y = rest.new_empty(len(rest), self.out_features)
-        for rows in row_blocks(self.out_features, self.in_features):
-            row_scale = self.row_scales[rows]
+        y = x.new_empty(len(x), self.shape[0])
+        for rows in row_blocks(*self.shape):
+            int8_scale = self.int8_scales[rows]
             # Fixed point with 8 fractional bits, in which overflows of the product cancel out.
-            fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / row_scale)
+            fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)
             block = unpack_int4(self.weight[rows], self.interleaving).to(torch.int16)
             block = block.unflatten(0, (len(step), -1)).mul_(step[:, None]).add_(low[:, None])
             block = block.bitwise_right_shift_(8).to(torch.int8).flatten(0, 1)
-            part = int8_matmul(q, block).float().mul_(scale)
-            torch.mul(part, row_scale, out=y[:, rows])
+            torch.mul(int8_matmul(q, block).float().mul_(scale), int8_scale, out=y[:, rows])
         return y
 
     def blocks(self) -> Iterator[Tensor]:
-        for rows in row_blocks(self.out_features, self.in_features):
+        for rows in row_blocks(*self.shape):
             q = unpack_int4(self.weight[rows], self.interleaving).float()  # (in_features, n_rows)
             scale, zero = self.groups[:, None, rows].float().unbind(3)
             block = torch.addcmul(zero, q.sub_(8).unflatten(0, (len(scale), -1)), scale)
@@ -256,3 +248,14 @@ class Int8Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
+
+
+def swap_modules(model: nn.Module, scheme: str) -> None:
+    """Replace the matrices of a model on the meta device by quantized ones with empty buffers."""
+    for path, module in list(model.named_modules()):
+        spec = WEIGHTS.get(path.split(".")[-1])
+        if spec and spec.min_bits < 16:
+            shape = module.weight.shape
+            int4 = scheme == "int4" and spec.min_bits == 4 and group_size(shape[1])
+            cls = Int4Linear if int4 else Int8Linear
+            model.set_submodule(path, (Int8Embedding if path == "tok_embeddings" else cls)(*shape))
