@@ -34,18 +34,21 @@ def find_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 
 
-def check_files(folder: Path, paths: list[Path]) -> list[Path]:
-    """Return the paths if there are any, and none is missing between them."""
+def check_files(folder: Path, paths: list[Path], parameter: str) -> list[Path]:
+    """Return the paths if there are any, and none is missing between them.
+
+    parameter: The one that names the folder, for errors.
+    """
+    remedy = f"set `{parameter}` to the directory of the weights"
     if not folder.is_dir():
         siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
         names = (path.name for path in siblings if find_files(path))
         found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
         found = f" (found: {', '.join(found)})" if found else ""
-        raise UserError(f"there is no directory {folder}{found}")
+        raise UserError(f"there is no directory {folder}{found}: {remedy}")
+    if not paths and (folder / "config.json").exists():
+        remedy = f"convert it first: python merge-weights.py --input_dir {folder}"
     if not paths:
-        remedy = "name the directory of the weights"
-        if (folder / "config.json").exists():
-            remedy = f"convert it first: python merge-weights.py --input_dir {folder}"
         raise UserError(f"{folder} has no consolidated.*.pth and no merged.pth: {remedy}")
     for number, path in enumerate(paths):
         if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
@@ -180,7 +183,7 @@ def load(
         check(0 < value <= LARGEST, name, f"an integer from 1 to {LARGEST}", value)
     check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
     folder = Path(ckpt_dir)
-    paths = check_files(folder, find_files(folder))
+    paths = check_files(folder, find_files(folder), "ckpt_dir")
     params = read_params(folder / "params.json")
     tokenizer = open_tokenizer(tokenizer_path or folder / "tokenizer.model", params)
     weights = open_checkpoint(paths)

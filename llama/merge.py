@@ -54,7 +54,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         from .huggingface import open_folder
 
         return open_folder(folder)
-    weights, args, tokenizer = open_checkpoint(check_files(folder, paths)), None, None
+    weights, args, tokenizer = open_checkpoint(check_files(folder, paths, "input_dir")), None, None
     params_path, path = folder / "params.json", tokenizer_path or folder / "tokenizer.model"
     if params_path.exists():
         params = read_params(params_path)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
-from itertools import chain
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,10 +74,9 @@ def broadcast_from_rank0(find: Callable, *args: object) -> Any:
     return json.loads(bytes(data.tolist()))
 
 
-def bounds(n: int, rank: int | None = None) -> tuple[int, int]:
-    """The first and the end of a rank's part of n things; of this rank's by default."""
-    rank, world_size = dist.get_rank() if rank is None else rank, dist.get_world_size()
-    return rank * n // world_size, (rank + 1) * n // world_size
+def offset(n_units: int, rank: int) -> int:
+    """The first of n units that belongs to a rank."""
+    return rank * n_units // dist.get_world_size()
 
 
 def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] | None:
@@ -94,11 +93,14 @@ def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] 
     # What is never divided: a head, an output, and 64 of the hidden features (int4's groups).
     hidden = args.hidden_dim // min(args.hidden_dim & -args.hidden_dim, 64)
     n_units = {"heads": args.n_kv_heads, "hidden": hidden, "vocab": args.vocab_size}[spec.unit]
-    if n_units < dist.get_world_size() or shape[dim] % n_units:
-        n_ranks = dist.get_world_size()
-        raise UserError(f"{n_ranks} ranks cannot divide {name} {tuple(shape)}: start fewer")
-    (start, end), unit = bounds(n_units), shape[dim] // n_units
-    return dim, unit * start, unit * end
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    starts = [offset(n_units, n) * shape[dim] for n in range(n_ranks + 1)]
+    if n_units < n_ranks or any(start % n_units for start in starts):
+        raise UserError(
+            f"{n_ranks} ranks cannot divide {name} {tuple(shape)}, which consists of {n_units} "
+            f"{spec.unit}: start fewer"
+        )
+    return dim, starts[rank] // n_units, starts[rank + 1] // n_units
 
 
 def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weight]:
@@ -123,13 +125,13 @@ def narrow(weight: Weight, where: tuple[int, int, int] | None) -> Weight:
 
 def shard_model(model: Transformer) -> None:
     """Give the tensors of a model on the meta device the shapes of this rank's parts."""
-    for path, module in model.named_modules():
-        for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-            if where := part(f"{path}.{name}", tensor.shape, model.args):
-                dim, start, end = where
-                tensor.data = tensor.data.narrow(dim, start, end - start)
-    start, end = bounds(model.args.n_kv_heads)
-    model.args = replace(model.args, n_kv_heads=end - start)  # in the caches
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if where := part(name, tensor.shape, model.args):
+            dim, start, end = where
+            tensor.data = tensor.data.narrow(dim, start, end - start)
+    n_kv_heads, rank = model.args.n_kv_heads, dist.get_rank()
+    n_kv_heads = offset(n_kv_heads, rank + 1) - offset(n_kv_heads, rank)
+    model.args = replace(model.args, n_kv_heads=n_kv_heads)  # in the caches
 
 
 def split_corrections(model: Transformer) -> None:
@@ -153,8 +155,8 @@ def parallelize(llama: LLaMA) -> None:
     vocab_size = llama.model.args.vocab_size
 
     def concatenate(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        ends = [bounds(vocab_size, rank) for rank in range(dist.get_world_size())]
-        return torch.cat(exchange(output, [end - start for start, end in ends]), 1)
+        starts = [offset(vocab_size, rank) for rank in range(dist.get_world_size() + 1)]
+        return torch.cat(exchange(output, [b - a for a, b in pairwise(starts)]), 1)
 
     def sample_on_rank0(*args: object) -> Tensor:
         tokens = sample(*args)

@@ -1,6 +1,7 @@
 """Several ranks: the same text as one process, from any files, each with its part of the memory."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,8 @@ def run_cases(cases: dict[str, tuple[str, str, str | None]]) -> dict:
         drawn = run.generate(PROMPTS, 6, temperature=1)
         found[name] = {"texts": [*texts, *looked_up], "drawn": drawn}
         found[name] |= {"logits": run.model(TOKENS, 0), "bytes": run.weight_bytes}
+        embedding = run.model.tok_embeddings.state_dict().values()
+        found[name]["bytes"] -= sum(tensor.nbytes for tensor in embedding)
     return found
 
 
@@ -117,9 +120,12 @@ def test_greedy_text_is_that_of_one_process_from_any_files(ranks, alone):
 
 
 def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alone):
-    assert [name for name, found in ranks[0].items() if isinstance(found, str)] == ["small groups"]
+    refused = [name for name, found in ranks[0].items() if isinstance(found, str)]
+    small_groups = ["8 shards, bfloat16, int4", "small groups"]  # 32 inputs of wo: half a group
+    assert refused == (small_groups if len(ranks) == 4 else [])
+    assert all("attention.wo.groups" in ranks[0][name] for name in refused)
     for name, found in ranks[0].items():
-        if name != "small groups":
+        if name not in small_groups:
             exact = alone[f"{'demo' if 'demo' in name else '1 shards'}, float32, None"]["logits"]
             error = relative_error(found["logits"], exact)
             assert error < 1.15 * relative_error(alone[name]["logits"], exact) + 1e-5, name
@@ -130,8 +136,8 @@ def test_every_rank_holds_its_part(ranks, alone):
         # The largest part of 5 heads, or of 8 and of 6 times 64 inputs of w2.
         of_demo, of_other = {2: (3 / 5, 1 / 2), 4: (2 / 5, 2 / 6)}[len(ranks)]
         largest = of_demo if "demo" in name else of_other
-        for found in (rank[name] for rank in ranks if name != "small groups"):
-            # What every rank has: norms, scales of rows, directions and corrections.
+        for found in (rank[name] for rank in ranks if isinstance(rank[name], dict)):
+            # What every rank has, beside the embedding: norms, scales of rows, directions, corrections.
             assert found["bytes"] < whole["bytes"] * largest + 5e4, name
 
 
@@ -139,12 +145,6 @@ def test_ranks_draw_the_same_text_without_a_seed(ranks):
     for name, found in ranks[0].items():
         if isinstance(found, dict):
             assert all(rank[name]["drawn"] == found["drawn"] for rank in ranks)
-
-
-def test_int4_groups_that_cannot_be_divided_are_refused(ranks):
-    for rank in ranks:  # two groups of 64 in a row of wo, and 8 heads of 16
-        assert "ranks cannot divide" in rank["small groups"]
-        assert "attention.wo.groups" in rank["small groups"]
 
 
 def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
@@ -187,8 +187,8 @@ def error_of_ranks(n_ranks: int, *args: object) -> str:
 
 
 def test_more_ranks_than_heads_of_keys_are_refused():
-    expected = "error: 6 ranks cannot divide 5 heads of keys and values: start fewer"
-    assert error_of_ranks(6, "--ckpt_dir", DEMO) == expected
+    error = error_of_ranks(6, "--ckpt_dir", DEMO)
+    assert re.match(r"error: 6 ranks cannot divide .*attention.*5 heads: start fewer", error)
 
 
 def test_an_error_of_ranks_is_filtered(tmp_path):
