@@ -116,13 +116,13 @@ def answer(chat: llama.Chat, message: str) -> None:
     except llama.UserError as error:
         if not interactive:
             raise
-        terminal.notice(cli.flagged(str(error)))
+        terminal.notice(cli.params_to_flags(str(error)))
         return
     except KeyboardInterrupt:
         if not interactive or torch.distributed.is_initialized():  # torchrun stops all ranks
             raise
     print(flush=True)
-    terminal.notice(cli.flagged(chat.status()))
+    terminal.notice(cli.params_to_flags(chat.status()))
 
 
 if __name__ == "__main__":

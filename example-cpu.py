@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import asdict
 from typing import Literal
 
 import llama
@@ -38,7 +37,7 @@ def main(
     Each prompt is printed with its continuation. Timings and errors go to stderr.
 
     Args:
-        prompt: A text to continue; several run as one batch; - reads stdin.
+        prompts: A text to continue; several run as one batch; - reads stdin.
         prompt_file: One more prompt: the text of this file.
         ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth. Default: ./model,
             or else the demo model.
@@ -78,9 +77,9 @@ def main(
 
     texts = texts or [DEMO_PROMPT if cli.is_demo(folder) else PROMPT]
     if len(texts) == 1:
-        continued = [model.stream(texts[0], **asdict(sampling))]
+        continued = [model.stream(texts[0], **vars(sampling))]
     else:
-        continued = [[text] for text in model.generate(texts, **asdict(sampling))]
+        continued = [[text] for text in model.generate(texts, **vars(sampling))]
     for pieces in continued:
         for piece in pieces:
             print(piece, end="", flush=True)

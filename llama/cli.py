@@ -1,20 +1,18 @@
 """What the three scripts share: flags, --help, errors, exit codes, and where they look for files."""
 
+import argparse
 import contextlib
 import difflib
 import inspect
 import os
 import re
-import shutil
 import sys
-import textwrap
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 
-import fire
 import torch
 
 from . import __version__
@@ -40,10 +38,10 @@ def run(main: Callable[..., None]) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     warnings.showwarning = lambda message, *_: print(
-        f"warning: {flagged(str(message))}", file=sys.stderr
+        f"warning: {params_to_flags(str(message))}", file=sys.stderr
     )
     try:
-        args, flags = parse(main, sys.argv[1:])
+        args, flags = Parser(main).parse(sys.argv[1:])
         with distributed():
             main(*args, **flags)
     except KeyboardInterrupt:
@@ -55,7 +53,7 @@ def run(main: Callable[..., None]) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             discard_stdout()
-        fail(flagged(str(error)))
+        fail(params_to_flags(str(error)))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             fail("out of memory: close programs, or ask for less at once")
@@ -102,107 +100,78 @@ def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def flagged(message: str) -> str:
+def params_to_flags(message: str) -> str:
     """A message of the library with flags in place of `parameter` and `parameter=value`."""
-    return re.sub(
-        r"`(\w+)(?:=([^`]*))?`", lambda m: f"--{m[1]}" + (f" {m[2]}" if m[2] else ""), message
-    )
+    return re.sub(r"`(\w+)=?([^`]*)`", lambda m: f"--{m[1]} {m[2]}".rstrip(), message)
 
 
-def parse(main: Callable[..., None], argv: Sequence[str]) -> tuple[Sequence[str], dict]:
-    """Positional arguments, as text, and flags in the types that main annotates them with."""
-    parameters = inspect.signature(main).parameters
-    flags = {n: p for n, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
-    n_args = argv.index("--") if "--" in argv else len(argv)
-    command, rest = [normalized(arg, flags) for arg in argv[:n_args]], argv[n_args + 1 :]
-    if {"-h", "--help"} & {*command, *rest[:1]}:
-        print(manual(main, flags))
-        sys.exit(0)
-    if "--version" in command:
-        print(f"llama-cpu {__version__}, torch {torch.__version__}")
-        sys.exit(0)
-    for arg in command:
-        name = arg.partition("=")[0]
-        if re.match("--?[a-zA-Z]", arg) and name.lstrip("-") not in flags:
-            close = difflib.get_close_matches(name, [f"--{n}" for n in flags], 1, 0.5)
-            hint = f": did you mean {close[0]}?" if close else ""
-            print(f"there is no flag {name}{hint} (--help lists all)", file=sys.stderr)
-            sys.exit(2)
-    for arg, following in zip(command, [*command[1:], "--"]):
-        if arg.lstrip("-") in flags and arg.startswith("-") and following.startswith("--"):
-            raise UserError(f"`{arg.lstrip('-')}` needs a value")
-    found: list = []
+class Parser(argparse.ArgumentParser):
+    """A parser of the keyword arguments of a script's main, with the texts of its docstring."""
 
-    @fire.decorators.SetParseFn(str)  # text stays text, where Fire would read Python literals
-    def collect(*args: str, **values: str) -> None:
-        found[:] = args, values
+    def __init__(self, main: Callable[..., None]):
+        summary, _, rest = inspect.getdoc(main).partition("\n\nArgs:\n")
+        arguments, _, examples = rest.partition("\n\nExamples:\n")
+        texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+        super().__init__(
+            description=summary,
+            epilog=f"Examples:\n{examples}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.usage = f"python {self.prog} [--FLAG VALUE ...]"
+        versions = f"llama-cpu {__version__}, torch {torch.__version__}"
+        self.add_argument("--version", action="version", version=versions)
+        for name, parameter in inspect.signature(main).parameters.items():
+            text = " ".join(texts[name].split())
+            if parameter.kind == parameter.VAR_POSITIONAL:
+                self.add_argument(name, nargs="*", help=text, metavar="PROMPT")
+                self.usage += " [PROMPT ...]"
+            else:
+                self.add_flag(name, parameter.annotation, parameter.default, text)
 
-    options = ["--", "--separator", "\0"]  # Fire's own is -, which stands for stdin here
-    fire.Fire(collect, [*command, *options], sys.argv[0])
-    args, values = found
-    if (args or rest) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
-        raise UserError(f"{[*args, *rest][0]!r:.60} is not a flag: --help lists the flags")
-    return [*args, *rest], {name: convert(name, flags[name], text) for name, text in values.items()}
+    def add_flag(self, name: str, annotation: type, default: object, text: str) -> None:
+        if annotation is bool:
+            self.add_argument(f"--{name}", action="store_true", help=text)
+            return
+        if NoneType in typing.get_args(annotation):  # X | None
+            annotation = typing.get_args(annotation)[0]
+        self.add_argument(
+            f"--{name}",
+            type=normalized if typing.get_args(annotation) else annotation,
+            choices=typing.get_args(annotation) or None,  # of a Literal
+            default=default,
+            metavar=None if typing.get_args(annotation) else annotation.__name__.upper(),
+            help=text if default is None else f"{text} (default: {default})",
+        )
 
+    def parse(self, argv: Sequence[str]) -> tuple[Sequence[str], dict[str, typing.Any]]:
+        """The positional and the keyword arguments for main."""
+        if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
+            argv = ["--help"]
+        end = argv.index("--") if "--" in argv else len(argv)
+        argv = [re.sub(r"(?<=\w)-(?=[^=]*(=|$))", "_", a) if a[:2] == "--" else a for a in argv]
+        known = [name for action in self._actions for name in action.option_strings]
+        for arg in argv[:end]:
+            flag = arg.partition("=")[0]
+            if re.match("--?[a-zA-Z]", arg) and flag not in known:
+                close = difflib.get_close_matches(flag, known, 1, 0.5)
+                hint = f": did you mean {close[0]}?" if close else ""
+                print(f"there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
+                sys.exit(2)
+        found, other = self.parse_known_intermixed_args(argv)
+        if other:
+            self.error(f"{other[0]!r} is not a flag: --help lists them")
+        flags = vars(found)
+        return flags.pop("prompts", ()), flags
 
-def normalized(arg: str, flags: Mapping[str, inspect.Parameter]) -> str:
-    """--ckpt-dir as --ckpt_dir, and --verbose as --verbose=True: Fire would take the next argument."""
-    name, equals, value = arg.lstrip("-").partition("=")
-    name = name.replace("-", "_")
-    if not arg.startswith("-") or name not in flags:
-        return arg
-    if not equals and name in flags and flags[name].annotation is bool:
-        equals, value = "=", "True"
-    return f"--{name}{equals}{value}"
-
-
-def kind_and_choices(parameter: inspect.Parameter) -> tuple[type, list[str]]:
-    """The type of a flag's value; the values that it can have, if they are listed."""
-    kind = parameter.annotation
-    if NoneType in typing.get_args(kind):  # X | None
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is typing.Literal:
-        return str, list(typing.get_args(kind))
-    return kind, []
-
-
-def convert(name: str, parameter: inspect.Parameter, text: str) -> str | int | float | bool:
-    """A flag's value in the type that it is annotated with."""
-    kind, choices = kind_and_choices(parameter)
-    if choices:
-        folded = {choice.lower(): choice for choice in choices}
-        chosen = folded.get(ALIASES.get(text.lower(), text.lower()))
-        check(chosen is not None, name, " or ".join(choices), text)
-        return chosen
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        expected = {int: "an integer", float: "a number", bool: "True or False"}[kind]
-        raise UserError(f"`{name}` must be {expected}, not {text!r:.60}") from None
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
 
 
-def manual(main: Callable[..., None], flags: Mapping[str, inspect.Parameter]) -> str:
-    """The text of --help, from main's signature and docstring."""
-    summary, _, rest = inspect.getdoc(main).partition("\n\nArgs:\n")
-    arguments, _, examples = rest.partition("\n\nExamples:\n")
-    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
-    positional = [name for name in texts if name not in flags]
-    usage = "".join(f" [{name.upper()} ...]" for name in positional)
-    width = min(shutil.get_terminal_size().columns, 100) - 2
-    lines = [f"usage: python {Path(sys.argv[0]).name}{usage} [--FLAG VALUE ...]", "", summary, ""]
-    for name, text in texts.items():
-        label, default = name.upper(), ""
-        if name in flags:
-            kind, choices = kind_and_choices(flags[name])
-            value = "|".join(choices) or {int: "N", float: "X", str: "TEXT", bool: ""}[kind]
-            label = f"--{name} {value}".rstrip()
-            given = flags[name].default
-            default = "" if given is None or kind is bool else f" (default: {given})"
-        lines.append(f"  {label}")
-        lines += textwrap.wrap(" ".join(text.split()) + default, width, initial_indent=" " * 6,
-                               subsequent_indent=" " * 6)  # fmt: skip
-    lines += ["  --help, --version", "", "Examples:", examples]
-    return "\n".join(lines)
+def normalized(text: str) -> str:
+    """A choice as the flags spell it: 8 for int8, 13b for 13B, FP32 for float32."""
+    text = text.upper() if re.fullmatch(r"\d+[bB]", text) else text.lower()
+    return ALIASES.get(text, text)
 
 
 def set_threads(threads: int | None) -> None:
@@ -246,7 +215,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
     """The texts to continue: arguments, stdin for -, and a file."""
-    texts = [without_mark(sys.stdin.read()) if p == "-" else clean(p) for p in prompts]
+    texts = [strip_bom(sys.stdin.read()) if p == "-" else clean(p) for p in prompts]
     if prompt_file is not None:
         try:
             text = Path(prompt_file).read_bytes().decode()
@@ -254,11 +223,11 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
             raise UserError(f"`prompt_file` {prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"`prompt_file` {prompt_file} is not UTF-8 text: {error}") from None
-        texts.append(without_mark(text))
+        texts.append(strip_bom(text))
     return texts
 
 
-def without_mark(text: str) -> str:
+def strip_bom(text: str) -> str:
     """A text file's text: without a byte order mark, and with Windows' line ends as newlines."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 

@@ -1,7 +1,6 @@
 """params.json: the shape of a model, and what a converted model's config says beside it."""
 
 import json
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,23 @@ from .model import ModelArgs
 
 LARGEST = 2**20  # no size in params.json, and no context, is larger
 REQUIRED = ("dim", "multiple_of", "n_heads", "n_layers", "norm_eps")
-EXTRA = {  # keys beside Meta's, which llama/huggingface.py writes
+KEYS = {
+    **dict.fromkeys(("dim", "multiple_of", "n_heads", "n_kv_heads", "n_layers", "vocab_size"), int),
+    **dict.fromkeys(("norm_eps", "rope_theta", "ffn_dim_multiplier"), float),
+    **dict.fromkeys(("max_batch_size", "max_seq_len"), int),
+    # Beside Meta's keys, written by llama/huggingface.py:
     "sliding_window": int,  # the longest context in which every token attends to all before it
     "max_position_embeddings": int,  # the longest context that the model was trained on
     "eos_token_id": list,  # ids that end a sequence, beside the tokenizer's </s>
     "added_tokens": dict,  # tokens beside the tokenizer's, {text: id}
     "chat_style": str,  # the prompt format, see STYLES in llama/chat.py
+}
+EXPECTED = {
+    int: f"an integer from 1 to {LARGEST}",
+    float: "a number above 0",
+    list: "a list of token ids",
+    dict: "an object with a token id for each text",
+    str: "a text",
 }
 
 
@@ -37,13 +47,14 @@ def read_params(path: Path) -> dict[str, Any]:
     """Read params.json and check the keys and the types of their values.
 
     Returns:
-        The keys that have a value: null and false stand for a key's default.
+        The keys that have a value: null, false and a vocab_size of -1 stand for a key's default.
     Raises:
         UserError: Names the key that is missing, unknown or has an impossible value.
     """
-    params = read_json(path).items()
-    given = {k: v for k, v in params if k in REQUIRED or v is not None and v is not False}
-    return check_params(given, path, {})
+    params = {k: v for k, v in read_json(path).items() if v is not None and v is not False}
+    if params.get("vocab_size") == -1:
+        del params["vocab_size"]
+    return check_params(params, path, {})
 
 
 def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -> dict[str, Any]:
@@ -51,33 +62,25 @@ def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -
 
     names: The file's names of keys, where they differ.
     """
-    kinds = {name: typing.get_args(kind) or (kind,) for name, kind in
-             (typing.get_type_hints(ModelArgs) | EXTRA).items()}  # fmt: skip
-    if unknown := sorted(params.keys() - kinds.keys()):
+    if unknown := sorted(params.keys() - KEYS.keys()):
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
     for key in (*REQUIRED, *params):
-        value, kind = params.get(key, "missing"), kinds[key]
-        expected = next(t for t in (int, float, list, dict, str) if t in kind)
-        limit = LARGEST if expected is int else 1e12
-        good = type(value) in ((int, float) if expected is float else (expected,))
-        if good and expected in (int, float):
-            good = 0 < value <= limit or key == "vocab_size" and value == -1
-        if good and expected in (list, dict):
-            ids = value.values() if expected is dict else value
-            good = all(type(token) is int and 0 <= token < limit for token in ids)
-            good = good and "" not in value
-        if not good:
-            takes = {
-                int: f"an integer from 1 to {limit}",
-                float: "a number above 0",
-                list: "a list of token ids",
-                dict: "an object with a token id for each text",
-            }
+        value = params.get(key, "missing")
+        if not is_valid(value, KEYS[key]):
             raise UserError(
                 f"{path}: {names.get(key, key)} is {value!r:.60}, and should be "
-                f"{takes.get(expected, 'a ' + expected.__name__)}"
+                f"{EXPECTED[KEYS[key]]}"
             )
     return params
+
+
+def is_valid(value: object, kind: type) -> bool:
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 < value <= (LARGEST if kind is int else 1e12)
+    if type(value) is not kind or kind is str:
+        return type(value) is kind
+    ids = value.values() if kind is dict else value
+    return "" not in value and all(type(token) is int and 0 <= token <= LARGEST for token in ids)
 
 
 def to_model_args(params: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
@@ -88,7 +91,7 @@ def to_model_args(params: dict[str, Any], path: Path, vocab_size: int) -> ModelA
         path: The file that they come from, for errors.
         vocab_size: Rows of the embedding, for a params.json that says -1.
     """
-    args = ModelArgs(**{key: value for key, value in params.items() if key not in EXTRA})
+    args = ModelArgs(**{key: v for key, v in params.items() if key in ModelArgs.__annotations__})
     if args.vocab_size == -1:
         args.vocab_size = vocab_size
     if args.dim % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
