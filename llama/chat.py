@@ -17,73 +17,67 @@ from .sampling import Sampling
 class Style:
     """A prompt format: how a conversation is written for the model.
 
-    In first and next, <s>, </s> and the tokenizer's added tokens stand for their ids, {user} for the
-    user's message and {preamble} for `preamble` with the system text (or nothing, if that is empty).
+    <s>, </s> and the tokenizer's added tokens stand for their ids, {user} for the user's message
+    and {system} for the system text.
     """
 
-    first: str  # the first turn, up to the reply
-    next: str | None  # a later turn, after the reply before it; None: messages are independent
-    stop: str = "\0"  # the start of the user's next message, which ends a reply, as </s> does
-    preamble: str = "{system}"
+    turn: str  # a turn up to the reply; {preamble} is `preamble` in the first, nothing in others
+    separator: str | None  # between a reply and the next turn; None: messages are independent
+    preamble: str = "{system}"  # if there is a system text
     system: str = ""  # the default system text
+
+    @property
+    def stop(self) -> str:
+        """The beginning of the next turn in a reply, which ends it as </s> does."""
+        before = self.turn.replace("{preamble}", "").partition("{user}")[0].rstrip()
+        return "\0" if self.separator is None else f"\n{before}"
 
 
 STYLES = {
     # Plain LLaMA has read many dialogs, and goes on with one.
     "dialog": Style(
-        first="<s>{preamble}User: {user}\nAI:",
-        next="\nUser: {user}\nAI:",
-        stop="\nUser:",
+        turn="{preamble}User: {user}\nAI:",
+        separator="\n",
         preamble="{system}\n\n",
         system="This is a dialog between a user and a kind AI that tells stories and answers"
         " every question as well as it can.",
     ),
-    "complete": Style(first="<s>{preamble}{user}", next=None),
+    "complete": Style(turn="{preamble}{user}", separator=None),
     # Llama 2 Chat: arXiv 2307.09288, and chat_completion in Meta's release.
     "llama2": Style(
-        first="<s>[INST] {preamble}{user} [/INST]",
-        next=" </s><s>[INST] {user} [/INST]",
-        stop="\n[INST]",
+        turn="[INST] {preamble}{user} [/INST]",
+        separator=" </s><s>",
         preamble="<<SYS>>\n{system}\n<</SYS>>\n\n",
         system="You are a helpful, respectful and honest assistant.",
     ),
     # Stanford Alpaca's prompt without input, turn after turn.
     "alpaca": Style(
-        first="<s>{preamble}### Instruction:\n{user}\n\n### Response:\n",
-        next="\n\n### Instruction:\n{user}\n\n### Response:\n",
-        stop="\n### Instruction:",
+        turn="{preamble}### Instruction:\n{user}\n\n### Response:\n",
+        separator="\n\n",
         preamble="{system}\n\n",
         system="Below is an instruction that describes a task. Write a response that appropriately"
         " completes the request.",
     ),
     # Vicuna v1.1 and later.
     "vicuna": Style(
-        first="<s>{preamble}USER: {user} ASSISTANT:",
-        next="</s>USER: {user} ASSISTANT:",
-        stop="\nUSER:",
+        turn="{preamble}USER: {user} ASSISTANT:",
+        separator="</s>",
         preamble="{system} ",
         system="A chat between a curious user and an artificial intelligence assistant. The"
         " assistant gives helpful, detailed, and polite answers to the user's questions.",
     ),
     # Mistral-Instruct.
-    "mistral": Style(
-        first="<s>[INST] {preamble}{user} [/INST]",
-        next="</s>[INST] {user} [/INST]",
-        stop="\n[INST]",
-        preamble="{system}\n\n",
-    ),
+    "mistral": Style("[INST] {preamble}{user} [/INST]", "</s>", "{system}\n\n"),
     # TinyLlama-Chat 1.0 and Zephyr.
     "zephyr": Style(
-        first="<s>{preamble}<|user|>\n{user}</s>\n<|assistant|>\n",
-        next="</s>\n<|user|>\n{user}</s>\n<|assistant|>\n",
-        stop="\n<|user|>",
+        turn="{preamble}<|user|>\n{user}</s>\n<|assistant|>\n",
+        separator="</s>\n",
         preamble="<|system|>\n{system}</s>\n",
     ),
     # OpenHermes and other fine-tunes of LLaMA and Mistral, with added tokens.
     "chatml": Style(
-        first="<s>{preamble}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
-        next="<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
-        stop="\n<|im_start|>",
+        turn="{preamble}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+        separator="<|im_end|>\n",
         preamble="<|im_start|>system\n{system}<|im_end|>\n",
     ),
 }
@@ -131,7 +125,7 @@ class Chat:
         self.llama.timings = Timings()
         self.n_new, self.n_evicted, self.is_cut = 0, 0, False
         self.begin_turn(message)
-        text, shown = message if self.style.next is None else "", ""
+        text, shown = message if self.style.separator is None else "", ""
         try:
             for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
@@ -156,9 +150,11 @@ class Chat:
 
     def begin_turn(self, message: str) -> None:
         """Append the message and what leads to the reply, with room for one token more."""
-        if self.style.next is None:
+        if self.style.separator is None:
             self.reset()
-        template = self.style.next if self.message_starts else self.style.first
+        preamble = self.style.preamble if self.system and not self.message_starts else ""
+        template = self.style.separator if self.message_starts else "<s>"
+        template += self.style.turn.replace("{preamble}", preamble)
         ids = self.encode(template, message)
         n_before = len(commonprefix([ids, self.encode(template.partition("{user}")[0], "")]))
         n_kept = self.message_starts[0] if self.message_starts else n_before
@@ -180,7 +176,6 @@ class Chat:
         """The ids of a template. What looks like a special token in the message is only text."""
         tokenizer = self.llama.tokenizer
         special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id} | tokenizer.added_tokens
-        template = template.replace("{preamble}", self.style.preamble if self.system else "")
         ids: list[int] = []
         for part in re.split("(" + "|".join(map(re.escape, special)) + ")", template):
             if part in special:

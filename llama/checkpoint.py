@@ -15,7 +15,7 @@ from .generation import LLaMA
 from .linear import fast_linear
 from .model import ModelArgs, Transformer
 from .params import LARGEST, read_params, to_model_args
-from .system import available_memory, trim_heap
+from .system import available_memory
 from .tokenizer import Tokenizer
 from .weights import FORMAT, Weight, open_checkpoint, quantization_of
 
@@ -235,7 +235,7 @@ def build(
     model = empty_model(args, quantize or quantization_of(weights))
     total = sum(weight.shape.numel() for weight in weights.values())
     options = {"unit": " weights", "unit_scale": True, "disable": None}
-    with trim_heap(), tqdm(desc="loading", total=total, **options) as bar:
+    with tqdm(desc="loading", total=total, **options) as bar:
         if quantize:
             from .quantization.calibration import calibrate, calibration_tokens
 

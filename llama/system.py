@@ -1,17 +1,14 @@
 """What this process may take of the machine, and of the container that it runs in."""
 
-import ctypes
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ROOT = Path("/")
 
 
@@ -72,23 +69,3 @@ def available_cpus(root: Path = ROOT) -> int:
         if quota and period:
             cores = min(cores, math.ceil(quota / period))
     return cores
-
-
-@contextmanager
-def trim_heap() -> Iterator[None]:
-    """Let glibc give freed blocks of 1 MB and more back to the system at once.
-
-    Otherwise freed blocks between blocks in use stay resident: 80 MB in loading 2 GB.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    libc.malloc_trim(0)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # or else each free() of a smaller block would trim
-    try:
-        yield
-    finally:  # the thresholds that glibc itself sets after large blocks were freed
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**26)

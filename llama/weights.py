@@ -20,7 +20,7 @@ from .errors import UserError, check_file
 FORMAT = "quantized.format"  # marks a quantized checkpoint: the version of its format, one uint8
 # Not weights: the model computes its own angles. Meta's 7B stores them for every layer.
 UNUSED = ("rope.freqs", "rotary_emb.inv_freq")
-COPY_SIZE = 2**24  # elements that are copied at once: bounds the memory that is held twice
+COPY_SIZE = 2**22  # elements that are copied at once: bounds the memory that is held twice
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 
 

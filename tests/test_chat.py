@@ -150,10 +150,11 @@ def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
     assert f"stopped at `max_gen_len={n_ids}`" in chat.status()
 
 
-def test_a_stop_inside_a_token_cuts_the_token(new_chat):
-    chat = new_chat(" well hello", style=Style("<s>{user}:", "\n{user}:", stop="lo"))
-    assert say(chat, "Hi") == ["well hel"]
-    assert text_of(chat) == "<s>Hi: well hel"
+def test_a_stop_that_ends_inside_a_token_cuts_the_token(new_chat):
+    chat = new_chat(" well\nhello", style=Style("h{user}:", ""))
+    assert chat.llama.tokenizer.encode("hello", False, False, within=True)[0] == 260  # "he"
+    assert say(chat, "Hi") == ["well"]
+    assert text_of(chat) == "<s>hHi: well"
 
 
 def test_a_reply_that_is_closed_early_is_kept_as_far_as_it_was_shown(new_chat):
