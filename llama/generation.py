@@ -225,7 +225,9 @@ class LLaMA:
 
         uniforms = torch.cat([c.uniforms[:size] for c, size in zip(contexts, sizes)])
         preceding = (
-            c.tokens + draft[:n] for c, draft in zip(contexts, drafts) for n in range(len(draft) + 1)
+            c.tokens + draft[:n]
+            for c, draft in zip(contexts, drafts)
+            for n in range(len(draft) + 1)
         )
         drawn = self.sample(logits, preceding, uniforms, sampling).split(sizes)
         sequences = zip(contexts, drafts, drawn)

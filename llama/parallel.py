@@ -105,7 +105,9 @@ def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] 
 
 def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weight]:
     """This rank's part of every weight."""
-    return {name: narrow(weight, part(name, weight.shape, args)) for name, weight in weights.items()}
+    return {
+        name: narrow(weight, part(name, weight.shape, args)) for name, weight in weights.items()
+    }
 
 
 def narrow(weight: Weight, where: tuple[int, int, int] | None) -> Weight:

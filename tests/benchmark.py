@@ -3,12 +3,16 @@
     python tests/benchmark.py speed --size 1B [--peers]     memory and tokens/s of each dtype
     python tests/benchmark.py kernels                       every kernel on this CPU
     python tests/benchmark.py accuracy --gguf F --data DIR  what rounding adds to the loss
+    python tests/benchmark.py lookup --gguf F --data DIR    what prompt lookup gains
+    python tests/benchmark.py plot                          docs/*.svg from docs/*.json
 
 Speed is measured on checkpoints with random weights in the shapes of `size`: they are honest for
 memory and speed, and say nothing about text. Programs take turns, and medians are printed.
 """
 
+import functools
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -27,11 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 import llama
 from llama import linear
-from llama.checkpoint import find_files
+from llama.checkpoint import VERSION, empty_model, find_files
 from llama.merge import write_state
 from llama.system import peak_memory
-from tests.peers import PEERS, SmolLM2
+from llama.weights import FORMAT
+from tests.peers import PEERS, SmolLM2, hf_model
 
+DOCS = ROOT / "docs"
+SPEED = DOCS / "speed.json"
 TOKENIZER = ROOT / "model" / "demo" / "tokenizer.model"
 SIZES = {  # dim, heads, layers; "1B" has 953M parameters
     "1B": (2048, 16, 16),
@@ -44,22 +51,30 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 MISSING = {("transformers", "int8"), ("transformers", "int4")}
 
 
-def make_checkpoint(folder: Path, size: str) -> None:
-    """Write an fp16 merged.pth with random weights in LLaMA's shapes, and its params.json."""
+def make_checkpoint(folder: Path, size: str, scheme: str | None = None) -> None:
+    """Write a merged.pth with random weights in LLaMA's shapes, and its params.json.
+
+    scheme: int8 or int4, for the tensors that `merge-weights.py --quantize` writes. None: fp16.
+    """
     dim, n_heads, n_layers = SIZES[size]
     params = {"dim": dim, "n_heads": n_heads, "n_layers": n_layers, "multiple_of": 256}
     params |= {"norm_eps": 1e-6, "vocab_size": 32000}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
-    with torch.device("meta"):
-        state = llama.Transformer(llama.ModelArgs(**params)).half().state_dict()
-    values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02).half()
+    model = empty_model(llama.ModelArgs(**params), scheme)
+    state = model.state_dict() if scheme else model.half().state_dict()
+    version = {FORMAT: torch.tensor([VERSION], dtype=torch.uint8)} if scheme else {}
 
     def produce(write: Callable[[str, Tensor], None]) -> None:
+        values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02)
         for name, tensor in state.items():
-            write(name, values[: tensor.numel()].view(tensor.shape))
+            part = values[: tensor.numel()].view(tensor.shape)
+            part = part if tensor.is_floating_point() else part * 1000
+            write(name, part.to(tensor.dtype))
+        for name, tensor in version.items():
+            write(name, tensor)
 
-    write_state(folder / "merged.pth", state, produce)
+    write_state(folder / "merged.pth", state | version, produce)
 
 
 def load(folder: Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
@@ -105,8 +120,10 @@ def speed(
     rounds: int = 5,
     folder: str | None = None,
     peers: bool = False,
+    quantized: bool = False,
+    save: bool = False,
 ) -> None:
-    """Print a table of memory and speed, in the form of docs/*.json with --peers.
+    """Print a table of memory and speed.
 
     Args:
         size: 1B (953M parameters), 7B, 13B, 30B or 65B.
@@ -115,28 +132,32 @@ def speed(
         new: Tokens generated.
         context: Tokens in the cache before the prompt.
         rounds: How often each is measured.
-        folder: Where a checkpoint of `size` is, or is made and kept. Default: a temporary one. A
-            folder int8 or int4 in it, of merge-weights.py --quantize, is used for that dtype.
+        folder: Where checkpoints of `size` are, or are made and kept. Default: a temporary one.
         peers: Take turns with llama.cpp and transformers; see peers.py.
+        quantized: Load int8 and int4 as merge-weights.py writes them. Default: quantize fp16.
+        save: Put the rows into docs/speed.json, for `plot`.
     """
     root = Path(folder or tempfile.mkdtemp(prefix="benchmark-"))
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("| | weights | peak | load | prompt | generated |\n|---|---|---|---|---|---|")
     try:
-        if not find_files(root / "fp16"):
-            make_checkpoint(root / "fp16", size)
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-        print("| | weights | peak | load | prompt | generated |")
-        print("|---|---|---|---|---|---|")
         for dtype in dtypes:
+            name = dtype if quantized and dtype.startswith("int") else "fp16"
+            if not find_files(root / name):
+                make_checkpoint(root / name, size, None if name == "fp16" else name)
             others = [peer for peer in PEERS if peers and (peer, dtype) not in MISSING]
-            where = root / dtype if find_files(root / dtype) and not others else root / "fp16"
-            measure(where, dtype, ["", *others], [prompt, new, context, rounds])
+            rows = measure(root / name, dtype, ["", *others], [prompt, new, context, rounds])
+            if save and (prompt, context) == (128, 0):
+                found = json.loads(SPEED.read_text()) if SPEED.exists() else {}
+                found |= {f"{size} {dtype} {program}".strip(): row for program, row in rows.items()}
+                SPEED.write_text(json.dumps(found, indent=1) + "\n")
     finally:
         if not folder:
             shutil.rmtree(root)
 
 
-def measure(folder: Path, dtype: str, programs: list[str], numbers: list[int]) -> None:
-    """Print a row for each program. They wait in memory for their turns."""
+def measure(folder: Path, dtype: str, programs: list[str], numbers: list[int]) -> dict:
+    """Print and return a row for each program. They wait in memory for their turns."""
     prompt, new, context, rounds = numbers
     children, loaded, times = {}, {}, {program: [] for program in programs}
     for program in programs:
@@ -150,15 +171,19 @@ def measure(folder: Path, dtype: str, programs: list[str], numbers: list[int]) -
         for program, child in children.items():
             print(file=child.stdin, flush=True)
             times[program].append(json.loads(child.stdout.readline()))
+    rows = {}
     for program, child in children.items():
         child.communicate()
         n_bytes, peak, seconds = loaded[program]
         prefill, decode = (statistics.median(column) for column in zip(*times[program]))
+        rows[program] = {"peak": round(peak / 1e9, 2)}
+        rows[program] |= {"prompt": round(prompt / prefill, 1), "generated": round(new / decode, 2)}
         print(
             f"| {dtype} {program} | {n_bytes / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.1f} s "
             f"| {prompt / prefill:.1f} tokens/s | {new / decode:.2f} tokens/s |",
             flush=True,
         )
+    return rows
 
 
 def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -283,6 +308,130 @@ def mean_loss(model: llama.Transformer, text: Tensor, one_by_one: bool) -> float
     return torch.nn.functional.cross_entropy(logits, text[half:]).item()
 
 
+def lookup(gguf: str, data: str, dtypes: tuple[str, ...] = DTYPES, rounds: int = 5) -> None:
+    """Print the speed of generating 100 tokens with prompt lookup and without, and transformers'.
+
+    The model is SmolLM2-135M-Instruct. Each task has four prompts, made of four stories.
+
+    Args:
+        gguf, data: As in `accuracy`.
+        dtypes: Such as bfloat16,int8 (one alone: int8,).
+        rounds: How often each is measured; on and off take turns.
+    """
+    model = SmolLM2(Path(gguf), None)
+    model.params["max_seq_len"] = 2048
+    lines = Path(data, "valid.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = lookup_tasks(model, [json.loads(line)["story"] for line in lines[:4]])
+    print("| weights | task | without | with | ratio | tokens a pass |\n|---|---|---|---|---|---|")
+    for dtype in (*dtypes, "transformers bfloat16"):
+        with tempfile.TemporaryDirectory() as folder:
+            model.write(Path(folder), None)
+            torch.set_default_dtype(torch.bfloat16 if "bfloat16" in dtype else torch.float32)
+            if dtype.startswith("transformers"):
+                peer, _ = hf_model(Path(folder), "bfloat16", 2048)
+                run = functools.partial(generate_by_transformers, peer)
+            else:
+                own = model.load(Path(folder), dtype if dtype.startswith("int") else None)
+                run = functools.partial(generate_by_llama, llama.LLaMA(own, model))
+        for task, prompts in tasks.items():
+            temperature = 0.8 if task == "stories" else 0.0
+            rates, per_pass = {0: [], 8: []}, 0.0
+            for _ in range(rounds):
+                for n in rates:
+                    found = [run(prompt, temperature, n) for prompt in prompts]
+                    tokens, seconds, passes = map(sum, zip(*found))
+                    rates[n].append(tokens / seconds)
+                    per_pass = tokens / passes if n and passes else per_pass
+            off, on = (statistics.median(rate) for rate in rates.values())
+            numbers = f"{off:.1f} tokens/s | {on:.1f} tokens/s | {on / off:.2f} | {per_pass:.2f}"
+            print(f"| {dtype} | {task} | {numbers} |", flush=True)
+
+
+def generate_by_llama(model: llama.LLaMA, prompt: list[int], t: float, n: int) -> tuple:
+    """Tokens, seconds and passes of decoding."""
+    model.generate([prompt], 100, t, seed=1, prompt_lookup=n)
+    found = model.timings
+    return found.new_tokens, found.new_seconds, found.new_passes
+
+
+def generate_by_transformers(model: torch.nn.Module, prompt: list[int], t: float, n: int) -> tuple:
+    """The same; the seconds are those after the first token, the passes are not known."""
+    options = {"do_sample": t > 0, "top_p": 0.95} | ({"temperature": t} if t else {})
+    options |= {"prompt_lookup_num_tokens": n} if n else {}
+    seconds, ids = [], torch.tensor([prompt])
+    for length in (1, 100):
+        torch.manual_seed(1)
+        begin = time.perf_counter()
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=length, **options)
+        seconds.append(time.perf_counter() - begin)
+    return out.shape[1] - len(prompt) - 1, seconds[1] - seconds[0], 0
+
+
+def lookup_tasks(model: SmolLM2, stories: list[str]) -> dict[str, list[list[int]]]:
+    """Prompts. The replies are begun, since so small a model does not always obey."""
+    tasks = {"repeat with a correction": [], "answer with quotations": [], "stories": []}
+    for story in stories:
+        text = " ".join(story.split()[:170])
+        name = re.search("(?:named|called) ([A-Z][a-z]+)", text)[1]
+        two_sentences = re.match(r"(.*?[.!?]\W+){2}", text)[0].rstrip().replace(name, "Anna")
+        ask = f"Copy this story, with the name {name} corrected to Anna:\n\n{text}"
+        tasks["repeat with a correction"].append(model.encode_chat(ask, two_sentences))
+        ask = f"{text}\n\nWhat happens in this story? Answer with quotations from it."
+        begin = 'The story begins: "' + " ".join(text.split()[:6])
+        tasks["answer with quotations"].append(model.encode_chat(ask, begin))
+        tasks["stories"].append(model.encode(" ".join(text.split()[:40])))
+    return tasks
+
+
+def plot() -> None:
+    """Draw docs/memory.svg and docs/speed.svg from docs/speed.json and docs/memory-2023.json."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    grey = "#808890"  # readable on white and on black
+    pyplot.rcParams.update({
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), grey),
+        "axes.edgecolor": grey, "svg.fonttype": "none", "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "",
+    })  # fmt: skip
+    rows, then = json.loads(SPEED.read_text()), json.loads((DOCS / "memory-2023.json").read_text())
+
+    def draw(axes: object, groups: list[str], bars: dict[str, list], unit: str) -> None:
+        width = 0.8 / len(bars)
+        for n, (label, values) in enumerate(bars.items()):
+            places = [g + (n - (len(bars) - 1) / 2) * width for g in range(len(groups))]
+            drawn = axes.bar(places, [v or 0 for v in values], width * 0.92, label=label)
+            axes.bar_label(drawn, [f"{v:.3g}" if v else "" for v in values], color=grey, size=8)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(unit)
+        axes.legend(frameon=False, fontsize=8)
+
+    sizes = ["7B", "13B", "30B"]
+    bars = {f"{k} in 2023": [then[size][k] for size in sizes] for k in ("float32", "bfloat16")}
+    for dtype in ("bfloat16", "int8", "int4"):
+        bars[dtype] = [rows.get(f"{size} {dtype}", {}).get("peak") for size in sizes]
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
+    draw(axes, sizes, bars, "peak memory, GB")
+    save_figure(figure, "memory")
+
+    figure, both = pyplot.subplots(1, 2, figsize=(7.5, 3), layout="constrained")
+    for axes, key in zip(both, ("generated", "prompt")):
+        programs = {"this program": "", "llama.cpp": " llama.cpp", "transformers": " transformers"}
+        bars = {
+            label: [rows.get(f"1B {dtype}{program}", {}).get(key) for dtype in DTYPES]
+            for label, program in programs.items()
+        }
+        draw(axes, list(DTYPES), bars, f"tokens/s, {key}")
+    save_figure(figure, "speed")
+
+
+def save_figure(figure: object, name: str) -> None:
+    figure.savefig(DOCS / f"{name}.svg", transparent=True, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    commands = (speed, kernels, accuracy, serve)
+    commands = (speed, kernels, accuracy, lookup, plot, serve)
     fire.Fire({command.__name__: command for command in commands})

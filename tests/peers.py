@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import llama
+from llama.checkpoint import find_files
 from llama.huggingface import hf_name
 from llama.weights import open_checkpoint
 
@@ -89,35 +90,44 @@ def llama_cpp(folder: Path, dtype: str, max_seq_len: int) -> Step:
     return step
 
 
-def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+def hf_model(folder: Path, dtype: str, max_seq_len: int) -> tuple[torch.nn.Module, object]:
+    """transformers' model of the checkpoint in `folder`, and its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     args = llama.ModelArgs(**json.loads((folder / "params.json").read_text()))
+    weights = open_checkpoint(find_files(folder))
     config = LlamaConfig(
-        vocab_size=args.vocab_size,
+        vocab_size=weights["tok_embeddings.weight"].shape[0],
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_kv_heads,
         rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
         max_position_embeddings=max_seq_len,
     )
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    weights = open_checkpoint([folder / "merged.pth"])
     state = {hf_name(name): w.read(getattr(torch, dtype)) for name, w in weights.items()}
     model.load_state_dict(state, assign=True)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config)  # its angles were on the meta device, too
+    return model.eval(), config
+
+
+def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
+    from transformers import DynamicCache
+
+    model, config = hf_model(folder, dtype, max_seq_len)
     cache = None
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> None:
         nonlocal cache
         cache = DynamicCache(config=config) if position == 0 else cache
-        model.eval()(torch.tensor([tokens]), cache=cache, logits_to_keep=1)
+        model(torch.tensor([tokens]), cache=cache, logits_to_keep=1)
 
     return step
 
@@ -159,8 +169,18 @@ class SmolLM2:
         if seed is not None:
             self.permute(torch.Generator().manual_seed(seed))
 
+        self.n_words = self.params["vocab_size"]
+        self.eos_ids = frozenset([self.tokenizer.convert_tokens_to_ids("<|im_end|>")])
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         return self.tokenizer.encode(text)  # the model has no token before a text
+
+    def encode_chat(self, message: str, reply: str) -> list[int]:
+        """A message, and the beginning of the reply."""
+        return self.encode(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n{reply}")
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
 
     def permute(self, generator: torch.Generator) -> None:
         """Permute the residual stream, the feed-forward layers, and the channels of v's heads."""

@@ -106,7 +106,10 @@ DAMAGES = {
     "a gap": (lambda f: (f / LAST).rename(f / "consolidated.02.pth"), f"{LAST} is missing"),
     "the first shard missing": (lambda f: (f / FIRST).unlink(), f"{FIRST} is missing"),
     "the last shard missing": (lambda f: (f / LAST).unlink(), "should be.*a file is missing"),
-    "another model's shard": (in_one(norm__weight=torch.full((128,), 7.0).half()), "not shards of one mod"),
+    "another model's shard": (
+        in_one(norm__weight=torch.full((128,), 7.0).half()),
+        "not shards of one mod",
+    ),
     "nothing in it": (lambda f: os.truncate(f / LAST, 0), LAST),
     "cut": (lambda f: os.truncate(f / LAST, 700_000), LAST),
     "a web page": (lambda f: (f / LAST).write_text("<html>404</html>"), LAST),

@@ -214,7 +214,9 @@ def test_files_of_two_models_are_told_apart_by_the_index(sharded):
     for path in sharded.glob("model-*.safetensors"):
         other = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
         save_file(other, sharded / path.name.replace("of-0", "of-9"))
-    assert torch.equal(open_source(sharded, True).weights["output.weight"].read(torch.float32), whole)
+    assert torch.equal(
+        open_source(sharded, True).weights["output.weight"].read(torch.float32), whole
+    )
     (sharded / "model.safetensors.index.json").unlink()
     assert "two models" in refusal(sharded)
 

@@ -36,6 +36,7 @@ from ..linear import (
 from ..weights import WEIGHTS
 from .rounding import group_size, quantize_int4, row_scales
 
+ROUNDING = torch.tensor(128.5, device="cpu")  # the zero point, and a half: conversion truncates
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
 
@@ -109,9 +110,12 @@ def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
-    """x (n, k) as scale * (q - 128): uint8 q; a scale for each row (n, 1), or a float for one row."""
-    scale = max(x.abs().max().item(), 1e-12) / 127 if len(x) == 1 else row_scales(x)
-    return (x / scale).add_(128.5).to(torch.uint8), scale  # .to() truncates
+    """x (n, k) as scale * (q - 128): uint8 q; a scale for each row (n, 1), or a number for one row."""
+    if len(x) == 1:  # fewer operators
+        scale = max(x.abs().max().item(), 1e-12) / 127
+        return torch.add(ROUNDING, x, alpha=1 / scale).to(torch.uint8), scale
+    scale = row_scales(x)
+    return (x / scale).add_(ROUNDING).to(torch.uint8), scale
 
 
 class Int8Linear(QuantizedLinear):
