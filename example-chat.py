@@ -66,15 +66,16 @@ def main(
         python example-chat.py
         python example-chat.py --ckpt_dir model/TinyLlama --quantize int8 --style zephyr
     """
-    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    cli.set_threads(threads)
+    torch.set_default_dtype(getattr(torch, dtype))
     max_gen_len = max(max_seq_len // 2, 1) if max_gen_len is None else max_gen_len
     sampling = llama.Sampling(
         max_gen_len, temperature, top_p, top_k, repetition_penalty, seed, prompt_lookup
     )
     folder, tokenizer = cli.find_model(ckpt_dir, tokenizer_path)
+    cli.set_threads(threads, folder)
     model = llama.load(folder, tokenizer, max_seq_len, 1, quantize)
-    cli.tune_threads(model, threads, verbose)
+    if verbose:
+        cli.report(model)
     style = style or model.chat_style
     check(style in STYLES, "style", " or ".join(STYLES), style)
     chat = llama.Chat(model, STYLES[style], system, sampling)

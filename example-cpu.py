@@ -1,6 +1,5 @@
 """Continue prompts with a LLaMA model, on the CPU."""
 
-import sys
 import time
 from typing import Literal
 
@@ -62,8 +61,7 @@ def main(
         python example-cpu.py --ckpt_dir model/13B --quantize int8 "Simply put, relativity states"
         python example-cpu.py --prompt_file letter.txt --max_seq_len 2048 --temperature 0
     """
-    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    cli.set_threads(threads)
+    torch.set_default_dtype(getattr(torch, dtype))
     sampling = llama.Sampling(
         max_gen_len, temperature, top_p, top_k, repetition_penalty, seed, prompt_lookup
     )
@@ -71,9 +69,11 @@ def main(
 
     begin = time.perf_counter()
     folder, tokenizer = cli.find_model(ckpt_dir, tokenizer_path)
+    cli.set_threads(threads, folder)
     model = llama.load(folder, tokenizer, max_seq_len, max_batch_size, quantize)
     load_seconds = time.perf_counter() - begin
-    cli.tune_threads(model, threads, verbose)
+    if verbose:
+        cli.report(model)
 
     texts = texts or [DEMO_PROMPT if cli.is_demo(folder) else PROMPT]
     if len(texts) == 1:
@@ -84,7 +84,7 @@ def main(
         for piece in pieces:
             print(piece, end="", flush=True)
         print(f"\n\n{'=' * 34}\n", flush=True)
-    print(cli.timing_line(model, load_seconds), file=sys.stderr)
+    cli.report_timings(model, load_seconds)
 
 
 if __name__ == "__main__":

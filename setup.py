@@ -10,7 +10,6 @@ setup(
     install_requires=[
         "torch>=2.13,<3",
         "sentencepiece>=0.2,<1",
-        "fire>=0.6,<1",
         "tqdm>=4.60,<5",
         "psutil>=5.9,<8",
     ],

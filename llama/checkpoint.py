@@ -180,7 +180,8 @@ def load(
         UserError: A file is missing, damaged or of another model, or there is too little memory.
     """
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        check(0 < value <= LARGEST, name, f"an integer from 1 to {LARGEST}", value)
+        good = type(value) is int and 0 < value <= LARGEST
+        check(good, name, f"an integer from 1 to {LARGEST}", value)
     check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
     folder = Path(ckpt_dir)
     paths = check_files(folder, find_files(folder), "ckpt_dir")

@@ -22,7 +22,7 @@ from .generation import LLaMA
 from .system import available_cpus, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_THREAD = 2**24  # bytes of weights: smaller models gain nothing from a second thread
+ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
 
 
@@ -174,21 +174,12 @@ def normalized(text: str) -> str:
     return ALIASES.get(text, text)
 
 
-def set_threads(threads: int | None) -> None:
-    """Use `threads` threads, or else as many as there are cores for this process."""
+def set_threads(threads: int | None, folder: Path) -> None:
+    """Use `threads` threads, or one for a small model, or as many as this process has cores."""
     check(threads is None or threads > 0, "threads", "1 or more", threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-
-
-def tune_threads(llama: LLaMA, threads: int | None, verbose: bool) -> None:
-    """Use one thread for a small model, unless `threads` says otherwise; report if verbose."""
-    if threads is None and llama.weight_bytes < ONE_THREAD:
-        torch.set_num_threads(1)
-    if verbose:
-        print(f"{llama!r}, {torch.get_num_threads()} threads", file=sys.stderr)
+    is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
+    limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
+    torch.set_num_threads(threads or (1 if is_small else min(torch.get_num_threads(), limit)))
 
 
 def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path]:
@@ -237,10 +228,16 @@ def clean(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "replace")
 
 
-def timing_line(llama: LLaMA, load_seconds: float) -> str:
-    """What the scripts report at the end."""
+def report(llama: LLaMA) -> None:
+    """Print a line about the model and the threads to stderr, for --verbose."""
+    print(f"{llama!r}, {torch.get_num_threads()} threads", file=sys.stderr)
+
+
+def report_timings(llama: LLaMA, load_seconds: float) -> None:
+    """Print a line about speed and memory to stderr."""
     peak = peak_memory() / 1e9
-    return f"loaded in {load_seconds:.1f} s, {llama.timings}, peak memory {peak:.2f} GB"
+    text = f"loaded in {load_seconds:.1f} s, {llama.timings}, peak memory {peak:.2f} GB"
+    print(text, file=sys.stderr)
 
 
 def is_demo(folder: Path) -> bool:

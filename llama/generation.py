@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from os.path import commonprefix  # works for any sequences
@@ -107,6 +107,7 @@ class LLaMA:
             UserError: A prompt is longer than the context, or an option is unknown or out of range.
         """
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
+        check(isinstance(prompts, Iterable), "prompts", "a text or several", prompts)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sequences = [self.encode(prompt) for prompt in prompts]
         self.timings = Timings()
@@ -148,7 +149,10 @@ class LLaMA:
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
-            tokens = [operator.index(token) for token in prompt]
+            try:
+                tokens = [operator.index(token) for token in prompt]
+            except TypeError:
+                tokens = []
             good = len(tokens) > 0 and 0 <= min(tokens) and max(tokens) < n_words
             check(good, "prompt", f"a text or token ids from 0 to {n_words - 1}", prompt)
         if len(tokens) >= limit:

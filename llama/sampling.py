@@ -1,6 +1,7 @@
 """How the next token is drawn from the model's logits."""
 
 import math
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ class Sampling:
     prompt_lookup: int = 8
 
     def __post_init__(self):
+        for name, kind in typing.get_type_hints(Sampling).items():
+            kinds = (*(typing.get_args(kind) or (kind,)), *((int,) if kind is float else ()))
+            expected = getattr(kind, "__name__", str(kind))
+            check(type(getattr(self, name)) in kinds, name, expected, getattr(self, name))
         t, p, k, penalty = self.temperature, self.top_p, self.top_k, self.repetition_penalty
         check(0 <= self.max_gen_len <= 2**20, "max_gen_len", "0 to 2**20 tokens", self.max_gen_len)
         check(0 <= t < math.inf, "temperature", "0 or more", t)

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 N_HISTORY = 1000  # messages that are remembered
@@ -19,12 +21,25 @@ def is_interactive() -> bool:
 def read_messages() -> Iterator[str]:
     """Yield the user's messages until the end of input.
 
-    A message is one line; one that ends in a backslash continues on the next. In a terminal a pasted
-    text of several lines is one message, and messages are remembered for later sessions.
+    A message is one line; one that ends in a backslash continues on the next. In a terminal, pasted
+    text of several lines is one message, and messages are remembered for later sessions. Ctrl-C
+    clears the message.
     """
-    remember = open_history() if is_interactive() else lambda message: None
-    text = ""
-    while (line := read_line("      > " if text else "prompt> ")) is not None:
+    interactive, text = is_interactive(), ""
+    remember = open_history() if interactive else lambda message: None
+    while True:
+        prompt = "      > " if text else "prompt> "
+        try:
+            line = input(prompt if interactive else "")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+            notice("Ctrl-D or /exit leaves")
+            text = ""
+            continue
+        except EOFError:
+            break
         text += line.removeprefix("\ufeff").rstrip()  # also Windows' \r
         if text.endswith("\\"):
             text = text[:-1] + "\n"
@@ -33,27 +48,10 @@ def read_messages() -> Iterator[str]:
             remember(text)
         yield text
         text = ""
+    if interactive:
+        print()
     if text:
         yield text
-
-
-def read_line(prompt: str) -> str | None:
-    """One line. None: the end of input.
-
-    Ctrl-C clears the line; on an empty one it tells how to leave.
-    """
-    while True:
-        try:
-            return input(prompt if is_interactive() else "")
-        except EOFError:
-            if is_interactive():
-                print()
-            return None
-        except KeyboardInterrupt:
-            if not is_interactive():
-                raise
-            print()
-            notice("Ctrl-D or /exit leaves")
 
 
 def open_history() -> Callable[[str], None]:
@@ -97,23 +95,26 @@ def print_reply(pieces: Iterable[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         return
-    width, column, word = shutil.get_terminal_size().columns, 0, ""
+    limit, column, word = shutil.get_terminal_size().columns, 0, ""
     with without_echo():
-        for piece in pieces:
-            for char in piece:
-                if not char.isspace():
-                    word += char
-                    if column + len(word) < width or len(word) > column:
-                        print(char, end="", flush=True)
-                        continue
+        for char in chain.from_iterable(pieces):
+            if not char.isspace():
+                word += char
+                if column + width(word) >= limit and column:
                     # Take the word's beginning back, and begin a line with it.
-                    print("\b \b" * (len(word) - 1) + "\n" + word, end="", flush=True)
+                    char = "\b \b" * width(word[:-1]) + "\n" + word
                     column = 0
-                    continue
-                column = 0 if char == "\n" else column + len(word) + 1
+            else:
+                column = 0 if char == "\n" else column + width(word) + 1
                 word = ""
-                print(char if column < width else "\n", end="", flush=True)
-                column = column if column < width else 0
+                if column >= limit:
+                    char, column = "\n", 0
+            print(char, end="", flush=True)
+
+
+def width(text: str) -> int:
+    """Columns that a text takes in a terminal: two for wide East Asian characters and emoji."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from llama.checkpoint import VERSION, empty_model, find_files
 from llama.merge import write_state
 from llama.system import peak_memory
 from llama.weights import FORMAT
-from tests.peers import PEERS, SmolLM2, hf_model
+from tests.peers import PEERS, SmolLM2, to_transformers
 
 DOCS = ROOT / "docs"
 SPEED = DOCS / "speed.json"
@@ -328,7 +328,8 @@ def lookup(gguf: str, data: str, dtypes: tuple[str, ...] = DTYPES, rounds: int =
             model.write(Path(folder), None)
             torch.set_default_dtype(torch.bfloat16 if "bfloat16" in dtype else torch.float32)
             if dtype.startswith("transformers"):
-                peer, _ = hf_model(Path(folder), "bfloat16", 2048)
+                args = llama.ModelArgs(**model.params)
+                peer = to_transformers(model.weights, args, torch.bfloat16)
                 run = functools.partial(generate_by_transformers, peer)
             else:
                 own = model.load(Path(folder), dtype if dtype.startswith("int") else None)
@@ -337,10 +338,10 @@ def lookup(gguf: str, data: str, dtypes: tuple[str, ...] = DTYPES, rounds: int =
             temperature = 0.8 if task == "stories" else 0.0
             rates, per_pass = {0: [], 8: []}, 0.0
             for _ in range(rounds):
-                for n in rates:
+                for n, values in rates.items():
                     found = [run(prompt, temperature, n) for prompt in prompts]
                     tokens, seconds, passes = map(sum, zip(*found))
-                    rates[n].append(tokens / seconds)
+                    values.append(tokens / seconds)
                     per_pass = tokens / passes if n and passes else per_pass
             off, on = (statistics.median(rate) for rate in rates.values())
             numbers = f"{off:.1f} tokens/s | {on:.1f} tokens/s | {on / off:.2f} | {per_pass:.2f}"

@@ -31,14 +31,6 @@ GROUPED = PARAMS | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "rope_theta": 1e
 ROWS = ("wq", "wk", "wv", "w1", "w3", "output")  # split on dim 0
 COLUMNS = ("wo", "w2", "tok_embeddings")  # split on dim 1
 
-FOREIGN = {  # Meta's names, and Hugging Face's
-    "tok_embeddings": "model.embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-}  # fmt: skip
-
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected|, in fp64."""
@@ -86,42 +78,6 @@ def write_shards(
         torch.save(state, folder / f"consolidated.{shard:02}.pth")
     (folder / "params.json").write_text(json.dumps(params))
     return folder
-
-
-def to_transformers(weights: Mapping[str, Tensor], params: Mapping = PARAMS):
-    """transformers' model of the same weights.
-
-    Its names are others, and where Meta's heads rotate the pairs (2j, 2j + 1), its rotate
-    (j, j + head_dim / 2).
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    args = llama.ModelArgs(**params)
-    config = LlamaConfig(
-        vocab_size=len(weights["output.weight"]),
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-    )
-    state = {}
-    for name, weight in weights.items():
-        if name == "rope.freqs":
-            continue
-        weight = weight.float()
-        if "wq" in name or "wk" in name:
-            pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        prefix = "model." if name.startswith(("layers", "norm")) else ""
-        for ours, theirs in FOREIGN.items():
-            name = name.replace(ours, theirs)
-        state[prefix + name] = weight
-    peer = LlamaForCausalLM(config).eval()
-    peer.load_state_dict(state)
-    return peer
 
 
 @pytest.fixture(scope="session")

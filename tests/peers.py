@@ -5,13 +5,13 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import llama
-from llama.checkpoint import find_files
 from llama.huggingface import hf_name
 from llama.weights import open_checkpoint
 
@@ -90,14 +90,18 @@ def llama_cpp(folder: Path, dtype: str, max_seq_len: int) -> Step:
     return step
 
 
-def hf_model(folder: Path, dtype: str, max_seq_len: int) -> tuple[torch.nn.Module, object]:
-    """transformers' model of the checkpoint in `folder`, and its config."""
+def to_transformers(
+    weights: Mapping[str, Tensor], args: llama.ModelArgs, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """transformers' model of the same weights.
+
+    Its names are others, and where Meta's heads rotate the pairs (2j, 2j + 1), its rotate
+    (j, j + head_dim / 2).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    args = llama.ModelArgs(**json.loads((folder / "params.json").read_text()))
-    weights = open_checkpoint(find_files(folder))
     config = LlamaConfig(
-        vocab_size=weights["tok_embeddings.weight"].shape[0],
+        vocab_size=len(weights["output.weight"]),
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
         num_hidden_layers=args.n_layers,
@@ -105,28 +109,36 @@ def hf_model(folder: Path, dtype: str, max_seq_len: int) -> tuple[torch.nn.Modul
         num_key_value_heads=args.n_kv_heads,
         rms_norm_eps=args.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        max_position_embeddings=max_seq_len,
+        max_position_embeddings=args.max_seq_len,
     )
-    torch.set_default_dtype(getattr(torch, dtype))
+    state = {}
+    for name, weight in weights.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        if name != "rope.freqs":
+            state[hf_name(name)] = weight.to(dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {hf_name(name): w.read(getattr(torch, dtype)) for name, w in weights.items()}
     model.load_state_dict(state, assign=True)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config)  # its angles were on the meta device, too
-    return model.eval(), config
+    return model.eval()
 
 
 def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
     from transformers import DynamicCache
 
-    model, config = hf_model(folder, dtype, max_seq_len)
-    cache = None
+    args = llama.ModelArgs(**json.loads((folder / "params.json").read_text()))
+    torch.set_default_dtype(getattr(torch, dtype))
+    weights = open_checkpoint([folder / "merged.pth"])
+    weights = {name: weight.read(torch.get_default_dtype()) for name, weight in weights.items()}
+    model, cache = to_transformers(weights, args, torch.get_default_dtype()), None
 
     @torch.inference_mode()
     def step(tokens: list[int], position: int) -> None:
         nonlocal cache
-        cache = DynamicCache(config=config) if position == 0 else cache
+        cache = DynamicCache(config=model.config) if position == 0 else cache
         model(torch.tensor([tokens]), cache=cache, logits_to_keep=1)
 
     return step

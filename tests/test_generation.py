@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import TOKENIZER, to_transformers
+from conftest import PARAMS, TOKENIZER
+from peers import to_transformers
 
 import llama
 
@@ -23,7 +24,7 @@ def model(checkpoint) -> llama.LLaMA:
 
 @pytest.fixture(scope="module")
 def peer(weights):
-    return to_transformers(weights)
+    return to_transformers(weights, llama.ModelArgs(**PARAMS, max_seq_len=2048))
 
 
 def greedy_ids(peer, tokens: list[int], n: int, **options: float) -> list[int]:
@@ -125,10 +126,21 @@ def test_the_stream_computes_no_more_than_is_asked_for(model):
     assert (model.timings.prompt_tokens, model.timings.new_tokens) == (len(tokens), 1)
 
 
-def test_ids_that_the_model_does_not_have_are_refused(model):
-    for prompt in ([], [1, 2048], [1, -1]):
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": "hot"}, {"max_gen_len": 2.5}, {"top_k": True}, {"seed": "1"}]
+)
+def test_a_wrong_type_is_named(model, wrong):
+    for run in (model.generate, model.stream):
+        with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}` must be"):
+            run("Once", **{"max_gen_len": 3} | wrong)
+        with pytest.raises(TypeError, match="top_a"):
+            run("Once", 3, top_a=1)
+
+
+def test_prompts_that_are_neither_text_nor_ids_are_refused(model):
+    for prompts in (5, None, [5], [None]):
+        with pytest.raises(ValueError, match="`prompts?` must be"):
+            model.generate(prompts, 3)
+    for prompt in (5, None, [], ["Once"], [1, 2048], [1, -1], [1.5]):
         with pytest.raises(ValueError, match="`prompt` must be"):
-            model.stream(prompt, 3)
-    for prompt in (5, None, ["Once"], [1.5]):
-        with pytest.raises(TypeError):
             model.stream(prompt, 3)

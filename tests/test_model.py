@@ -10,9 +10,9 @@ from conftest import (
     TOKENIZER,
     random_weights,
     relative_error,
-    to_transformers,
     write_shards,
 )
+from peers import to_transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -95,7 +95,7 @@ def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCac
 
 def test_a_prompt_and_each_decoded_token_agree_with_transformers(model, state, params):
     with torch.no_grad():
-        expected = to_transformers(state, params)(TOKENS).logits
+        expected = to_transformers(state, llama.ModelArgs(**params))(TOKENS).logits
     assert relative_error(model(TOKENS[:, :5], 0), expected[:, 4]) < 1e-4
     for position in range(5, TOKENS.shape[1]):
         logits = model(TOKENS[:, position : position + 1], position)
