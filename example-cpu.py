@@ -46,14 +46,14 @@ def main(
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability.
         top_k: Draw from this many most probable tokens at most.
-        repetition_penalty: Above 1, tokens that are there already become less probable.
+        repetition_penalty: Above 1, tokens that already occurred become less probable.
         seed: The same seed gives the same text on the same machine.
         max_gen_len: Longest continuation, in tokens.
         max_seq_len: Context, in tokens: prompt and continuation together.
         max_batch_size: Prompts that are computed at the same time.
-        prompt_lookup: Most tokens to guess from the context for one pass; faster where text
-            repeats itself; 0 turns it off.
-        threads: Default: as many as there are cores for this program.
+        prompt_lookup: Most tokens to draft from the context for a pass; faster where text repeats
+            itself; 0 turns it off.
+        threads: Default: the cores of this process; 1 for a small model.
         verbose: Report the model's size and the number of threads.
 
     Examples:

@@ -37,8 +37,8 @@ def main(
         python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
     """
     folder, target = Path(input_dir, model_size or ""), Path(output_dir)
-    # params.json goes along, but not into the current directory.
     tokenizer = cli.find_tokenizer(folder) if quantize else None
+    # Meta's params.json goes along, but not into the current directory.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     merged = write_merged(source, target, dtype and getattr(torch, dtype), quantize, overwrite)
     if (target / "params.json").exists():

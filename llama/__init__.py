@@ -5,8 +5,8 @@
     model = llama.load("model/demo")
     print(model.generate("Once upon a time", max_gen_len=64)[0])
 
-Importing this package sets environment variables that PyTorch reads when it is imported:
-THP_MEM_ALLOC_ENABLE, GOMP_SPINCOUNT and KMP_BLOCKTIME, unless they are set already.
+Import llama before torch: it sets THP_MEM_ALLOC_ENABLE, GOMP_SPINCOUNT and KMP_BLOCKTIME, unless they
+are set already, and PyTorch reads them when it is imported.
 """
 
 import os
@@ -14,8 +14,8 @@ import sys
 import warnings
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB: faster to allocate and to read
-# OpenMP's threads spin while they wait for one another. Without a bound, one thread that has no
-# core, because other programs are busy, stops all others for a time slice at every matrix.
+# OpenMP's threads spin while they wait for one another. If another program takes a core, unbounded
+# spinning costs a whole time slice at every matrix product.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # GNU's OpenMP: Linux
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's, in milliseconds: macOS

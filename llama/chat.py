@@ -1,6 +1,5 @@
-"""A conversation that stays in the key-value cache, in the prompt format of its model."""
+"""Chat: prompt formats, and a conversation whose tokens stay in the key-value cache."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os.path import commonprefix  # works for any sequences
@@ -11,30 +10,31 @@ from .errors import UserError
 from .generation import Context, LLaMA, Timings
 from .lookup import PromptLookup
 from .sampling import Sampling
+from .tokenizer import split_at
 
 
 @dataclass(frozen=True)
 class Style:
     """A prompt format: how a conversation is written for the model.
 
-    <s>, </s> and the tokenizer's added tokens stand for their ids, {user} for the user's message
-    and {system} for the system text.
+    <s>, </s> and the tokenizer's added tokens become their ids; {user} is the user's message,
+    {system} the system prompt.
     """
 
-    turn: str  # a turn up to the reply; {preamble} is `preamble` in the first, nothing in others
+    turn: str  # the text before a reply; {preamble} is empty after the first turn
     separator: str | None  # between a reply and the next turn; None: messages are independent
-    preamble: str = "{system}"  # if there is a system text
-    system: str = ""  # the default system text
+    preamble: str = "{system}"  # of the first turn, if there is a system prompt
+    system: str = ""  # the default system prompt
 
     @property
     def stop(self) -> str:
-        """The beginning of the next turn in a reply, which ends it as </s> does."""
+        """The start of the user's next turn. A reply that contains it ends there."""
         before = self.turn.replace("{preamble}", "").partition("{user}")[0].rstrip()
         return "\0" if self.separator is None else f"\n{before}"
 
 
 STYLES = {
-    # Plain LLaMA has read many dialogs, and goes on with one.
+    # For models without chat training: plain LLaMA goes on with a dialog.
     "dialog": Style(
         turn="{preamble}User: {user}\nAI:",
         separator="\n",
@@ -86,14 +86,14 @@ STYLES = {
 class Chat:
     """One conversation.
 
-    When the context is full, the oldest turns are evicted, from the cache too; what precedes the
-    first message stays. Each turn computes only its own tokens.
+    When the context is full, the oldest turns are evicted, from the cache too; the system prompt
+    stays. Each turn computes only its own tokens.
 
     Args:
         llama: The model.
         style: The prompt format, one of STYLES.
-        system: The system text, in place of the style's. "": none.
-        sampling: How replies are drawn. max_gen_len is that of a reply.
+        system: The system prompt. None: the style's; "": no system prompt.
+        sampling: How replies are drawn; max_gen_len limits one reply.
     """
 
     def __init__(self, llama: LLaMA, style: Style, system: str | None, sampling: Sampling):
@@ -116,7 +116,7 @@ class Chat:
         self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # of the last reply: tokens, turns
 
     def reply(self, message: str) -> Iterator[str]:
-        """Yield the reply to a message in pieces. If closed early, the context keeps those pieces.
+        """Yield the reply to a message in pieces. If closed early, the context keeps what was yielded.
 
         Raises:
             UserError: The message alone is longer than the context. The conversation stays as it is.
@@ -134,7 +134,7 @@ class Chat:
                 if self.style.stop in text:
                     return
             self.is_cut = self.n_new == self.sampling.max_gen_len
-            if not self.is_cut:  # what could have begun a stop string is text
+            if not self.is_cut:  # no stop string follows: show what was held back
                 shown, before = text.strip(), shown
                 yield shown[len(before) :]
         finally:
@@ -149,7 +149,7 @@ class Chat:
         return message
 
     def begin_turn(self, message: str) -> None:
-        """Append the message and what leads to the reply, with room for one token more."""
+        """Append one turn to the context, and leave room for at least one token."""
         if self.style.separator is None:
             self.reset()
         preamble = self.style.preamble if self.system and not self.message_starts else ""
@@ -177,7 +177,7 @@ class Chat:
         tokenizer = self.llama.tokenizer
         special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id} | tokenizer.added_tokens
         ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, special)) + ")", template):
+        for part in split_at(special, template):
             if part in special:
                 ids.append(special[part])
             elif part:
@@ -200,7 +200,7 @@ class Chat:
                 self.evict()
 
     def truncate(self, length: int) -> None:
-        """Keep the first tokens of the context."""
+        """Keep the first `length` tokens of the context."""
         context = self.context
         if length < len(context.tokens):
             del context.tokens[length:]
@@ -213,7 +213,7 @@ class Chat:
         middle = start + (len(context.tokens) - start + 1) // 2
         end = self.message_starts[1] if len(self.message_starts) > 1 else middle
         self.n_evicted += len(self.message_starts) > 1
-        context.n_cached = min(start, n_cached)  # true at each moment: Ctrl-C may come in between
+        context.n_cached = min(start, n_cached)  # first, so that Ctrl-C leaves a valid state
         del context.tokens[start:end]
         context.lookup.reset()
         self.message_starts = [start, *(n - (end - start) for n in self.message_starts[2:])]
@@ -223,7 +223,7 @@ class Chat:
             context.n_cached = n_cached - (end - start)
 
     def remove_tail(self, tail: str) -> None:
-        """Remove a text from the end of the context, whose last tokens it may share with others."""
+        """Remove `tail` from the end of the context. Its first token may also hold text that stays."""
         tokenizer, tokens, n = self.llama.tokenizer, self.context.tokens, 0
         while tail and n < self.n_new:
             n += 1
@@ -247,8 +247,7 @@ class Chat:
 
 
 def printable(text: str, stop: str) -> str:
-    """The part of a reply that is safe to print: everything before a stop string, or what may be
-    the beginning of one, without spaces at both ends."""
+    """The text before the stop string, without a suffix that may begin one and without blanks."""
     reply, stopped, _ = text.partition(stop)
     held = () if stopped else (n for n in range(len(stop)) if reply.endswith(stop[:n]))
     return reply[: len(reply) - max(held, default=0)].strip()

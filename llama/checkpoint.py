@@ -21,7 +21,7 @@ from .weights import FORMAT, Weight, open_checkpoint, quantization_of
 
 VERSION = 3  # of the format of quantized checkpoints
 SCHEMES = ("int8", "int4")
-WORKING_MEMORY = 3 * 10**8  # bytes for what is neither weights nor cache
+WORKING_MEMORY = 3 * 10**8  # bytes for activations and PyTorch itself
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -34,12 +34,12 @@ def find_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 
 
-def check_files(folder: Path, paths: list[Path], parameter: str) -> list[Path]:
-    """Return the paths if there are any, and none is missing between them.
+def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
+    """Return the paths; raise UserError if there are none, or a shard is missing.
 
-    parameter: The one that names the folder, for errors.
+    argument: The name of the one that gives the folder, for errors.
     """
-    remedy = f"set `{parameter}` to the directory of the weights"
+    remedy = f"set `{argument}` to the directory of the weights"
     if not folder.is_dir():
         siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
         names = (path.name for path in siblings if find_files(path))
@@ -66,8 +66,8 @@ def model_args(
     args = to_model_args(params, folder / "params.json", embedding.shape[0])
     if tokenizer and args.vocab_size < tokenizer.n_words:
         raise UserError(
-            f"{folder}: vocab_size is {args.vocab_size}, and the tokenizer's "
-            f"{tokenizer.n_words}: it is another model's"
+            f"{folder}: vocab_size is {args.vocab_size}, and the tokenizer has "
+            f"{tokenizer.n_words} tokens: it belongs to another model"
         )
     layers = {int(m[1]) for name in weights if (m := re.match(r"layers\.(\d{1,4})\.", name))}
     if layers and len(layers) != args.n_layers:
@@ -107,7 +107,7 @@ def check_version(weights: dict[str, Weight], folder: Path) -> None:
 def empty_model(args: ModelArgs, scheme: str | None, whole: bool = False) -> Transformer:
     """The model on the meta device, with quantized layers if there is a scheme.
 
-    Under torchrun it has the shapes of this rank's parts, unless it is to be whole.
+    Under torchrun, the shapes are those of this rank's parts, unless `whole`.
     """
     with torch.device("meta"):
         model = Transformer(args)
@@ -115,7 +115,7 @@ def empty_model(args: ModelArgs, scheme: str | None, whole: bool = False) -> Tra
             from .quantization.linear import swap_modules
 
             swap_modules(model, scheme)
-            model.cache_dtype = torch.float16  # 11 bits of precision beside weights of 8 or 4
+            model.cache_dtype = torch.float16  # half of fp32's, and precise beside int8
         if torch.distributed.is_initialized() and not whole:
             from .parallel import shard_model
 
@@ -133,9 +133,10 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
             t.numel() * (dtype if t.dtype == default else t.dtype).itemsize
             for t in model.state_dict().values()
         ]
+        # The cache of one sequence: how many prompts will come is not known.
         per_token = 2 * args.n_layers * model.args.n_kv_heads * args.head_dim
         cache_dtype = dtype if model.cache_dtype == default else model.cache_dtype
-        # One matrix after another is quantized in fp32, before there is a cache.
+        # Quantizing holds one matrix in fp32, before the cache exists.
         largest = max(w.shape.numel() for w in weights.values()) * 4 if scheme else 0
         return sum(sizes) + max(per_token * length * cache_dtype.itemsize, largest) + WORKING_MEMORY
 
@@ -149,8 +150,11 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     }
     lengths = [args.max_seq_len >> n for n in range(1, args.max_seq_len.bit_length() - 5)]
     shorter = {f"`max_seq_len={n}`": (default, quantize, n) for n in lengths}
-    fits = [name for name, o in ({} if stored else smaller).items() if need(*o) <= free]
-    fits += [name for name, options in shorter.items() if need(*options) <= free][:1]
+
+    def fitting(choices: dict[str, tuple]) -> list[str]:
+        return [name for name, choice in choices.items() if need(*choice) <= free]
+
+    fits = ([] if stored else fitting(smaller)) + fitting(shorter)[:1]
     remedy = "use " + " or ".join(fits) if fits else "close programs, or use a smaller model"
     raise UserError(
         f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {remedy}"
@@ -194,20 +198,20 @@ def load(
     check_context(params, max_seq_len)
     if quantize and quantization_of(weights):
         raise UserError("the weights are quantized already: leave out `quantize`")
-    stamps = [path.stat().st_mtime_ns for path in paths]
+    mtimes = [path.stat().st_mtime_ns for path in paths]
     if torch.distributed.is_initialized():
         from .parallel import shard_weights
 
         weights = shard_weights(weights, args)
     check_memory(weights, args, quantize)
     model = build(args, weights, quantize, tokenizer)
-    if stamps != [path.stat().st_mtime_ns for path in paths]:
+    if mtimes != [path.stat().st_mtime_ns for path in paths]:
         raise UserError(f"a file in {folder} was written to while it was read: try again")
     llama = LLaMA(model, tokenizer, params.get("chat_style", "dialog"))
     if torch.distributed.is_initialized():
         from .parallel import parallelize
 
-        parallelize(llama)
+        parallelize(llama.model)
     return llama
 
 

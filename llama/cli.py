@@ -74,7 +74,7 @@ def distributed() -> typing.ContextManager[None]:
 
 
 def from_rank0(find: Callable, *args: object) -> typing.Any:
-    """What find(*args) returns; under torchrun on rank 0, and the same on every rank."""
+    """The result of find(*args); under torchrun rank 0 calls it, and all ranks get the result."""
     if torch.distributed.is_initialized():
         from .parallel import broadcast_from_rank0
 
@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
             annotation = typing.get_args(annotation)[0]
         self.add_argument(
             f"--{name}",
-            type=normalized if typing.get_args(annotation) else annotation,
+            type=normalize_choice if typing.get_args(annotation) else annotation,
             choices=typing.get_args(annotation) or None,  # of a Literal
             default=default,
             metavar=None if typing.get_args(annotation) else annotation.__name__.upper(),
@@ -149,26 +149,28 @@ class Parser(argparse.ArgumentParser):
         if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
-        argv = [re.sub(r"(?<=\w)-(?=[^=]*(=|$))", "_", a) if a[:2] == "--" else a for a in argv]
+        flags = [
+            re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv[:end]
+        ]
         known = [name for action in self._actions for name in action.option_strings]
-        for arg in argv[:end]:
+        for arg in flags:
             flag = arg.partition("=")[0]
-            if re.match("--?[a-zA-Z]", arg) and flag not in known:
+            if re.match("--?[a-zA-Z]", arg) and flag not in known and " " not in flag:
                 close = difflib.get_close_matches(flag, known, 1, 0.5)
                 hint = f": did you mean {close[0]}?" if close else ""
                 print(f"there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
                 sys.exit(2)
-        found, other = self.parse_known_intermixed_args(argv)
+        namespace, other = self.parse_known_intermixed_args([*flags, *argv[end:]])
         if other:
             self.error(f"{other[0]!r} is not a flag: --help lists them")
-        flags = vars(found)
-        return flags.pop("prompts", ()), flags
+        options = vars(namespace)
+        return options.pop("prompts", ()), options
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
 
-def normalized(text: str) -> str:
+def normalize_choice(text: str) -> str:
     """A choice as the flags spell it: 8 for int8, 13b for 13B, FP32 for float32."""
     text = text.upper() if re.fullmatch(r"\d+[bB]", text) else text.lower()
     return ALIASES.get(text, text)
@@ -206,21 +208,20 @@ def find_tokenizer(folder: Path) -> Path:
 
 def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
     """The texts to continue: arguments, stdin for -, and a file."""
-    texts = [strip_bom(sys.stdin.read()) if p == "-" else clean(p) for p in prompts]
+    texts = [read_stdin() if p == "-" else clean(p) for p in prompts]
     if prompt_file is not None:
         try:
-            text = Path(prompt_file).read_bytes().decode()
+            texts.append(Path(prompt_file).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"`prompt_file` {prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"`prompt_file` {prompt_file} is not UTF-8 text: {error}") from None
-        texts.append(strip_bom(text))
     return texts
 
 
-def strip_bom(text: str) -> str:
-    """A text file's text: without a byte order mark, and with Windows' line ends as newlines."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+def read_stdin() -> str:
+    """The text on stdin, without a byte order mark, and with Windows' line ends as newlines."""
+    return sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def clean(text: str) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake that the user can fix.
 
-    The message is one line that says what is wrong and what to do. It names parameters of the
+    The message is one line that says what is wrong and what to do. It names arguments of the
     library in backquotes (`max_seq_len`, `quantize=int8`); llama/cli.py turns them into flags.
     """
 
 
 def check(condition: bool, name: str, expected: str, value: object) -> None:
-    """Raise UserError unless the condition on a parameter's value holds."""
+    """Raise UserError unless the condition on an argument's value holds."""
     if not condition:
         raise UserError(f"`{name}` must be {expected}, not {value!r:.60}")
 
@@ -20,7 +20,7 @@ def check(condition: bool, name: str, expected: str, value: object) -> None:
 def check_file(path: Path) -> None:
     """Raise UserError unless `path` is a file with contents of its own.
 
-    A FIFO would be waited for for ever, and a git-lfs pointer only names the contents.
+    Opening a FIFO would block, and a git-lfs pointer only names the contents.
     """
     if not path.is_file():
         kind = "is not a regular file" if path.exists() else "does not exist"

@@ -26,8 +26,8 @@ class Context:
     """One sequence of tokens, and the cache that holds the first `n_cached` of them.
 
     Attributes:
-        uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. Batches
-            and prompt lookup do not change which token gets which.
+        uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. A token
+            always gets the same one, so batching and prompt lookup do not change the text.
     """
 
     tokens: list[int]
@@ -56,15 +56,14 @@ class Timings:
         prompt_rate = self.prompt_tokens / max(self.prompt_seconds, 1e-9)
         per_pass = self.new_tokens / max(self.new_passes, 1)
         text = f"prompt {prompt_rate:.1f} tokens/s, generated {self.new_rate:.1f} tokens/s"
-        return text + (f" ({per_pass:.1f} a pass)" if per_pass > 1.05 else "")
+        return text + (f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else "")
 
 
 class LLaMA:
     """A model with its tokenizer.
 
     Args:
-        model: The transformer, with its weights.
-        tokenizer: Its tokenizer.
+        model, tokenizer: As `llama.load` makes them.
         chat_style: Name of the prompt format that the model was trained on, one of `llama.STYLES`.
 
     Attributes:
@@ -76,7 +75,6 @@ class LLaMA:
         self.model = model
         self.chat_style = chat_style
         self.tokenizer = tokenizer
-        self.sample = sample  # under torchrun, llama/parallel.py replaces it
         self.timings = Timings()
         tensors = chain(model.parameters(), model.buffers())
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -115,7 +113,7 @@ class LLaMA:
         texts = []
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
-            contexts = [self.context(tokens, sampling, generator) for tokens in batch]
+            contexts = [self.new_context(tokens, sampling, generator) for tokens in batch]
             total = max_gen_len * len(batch)
             with tqdm(desc="generating", total=total, unit=" tokens", disable=None) as bar:
                 for tokens in self.extend(contexts, sampling):
@@ -133,18 +131,18 @@ class LLaMA:
     ) -> Iterator[str]:
         """Continue one prompt, a text or token ids, piece by piece.
 
-        The pieces, of which the prompt is the first, join to what `generate` returns. Arguments and
-        errors are those of `generate`.
+        The pieces of the prompt come first. Joined, all pieces are the text that `generate` returns.
+        Arguments and errors are those of `generate`.
         """
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
         tokens = self.encode(prompt)
         self.timings = Timings()
-        context = self.context(tokens, sampling, sampling.generator())
+        context = self.new_context(tokens, sampling, sampling.generator())
         new = chain.from_iterable(self.extend([context], sampling))
         return self.tokenizer.decode_stream(chain(tokens, new))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a prompt, from <s> on, if it leaves room for a token."""
+        """The ids of a prompt, with <s>. Raises UserError if it fills the context."""
         limit, n_words = self.model.args.max_seq_len, self.tokenizer.n_words
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
@@ -162,7 +160,9 @@ class LLaMA:
             )
         return tokens
 
-    def context(self, tokens: list[int], sampling: Sampling, generator: torch.Generator) -> Context:
+    def new_context(
+        self, tokens: list[int], sampling: Sampling, generator: torch.Generator
+    ) -> Context:
         """A sequence of these tokens, with a cache large enough for prompt and continuation."""
         length = min(len(tokens) + sampling.max_gen_len, self.model.args.max_seq_len)
         uniforms = torch.rand(sampling.max_gen_len, generator=generator, dtype=torch.float64)
@@ -172,8 +172,8 @@ class LLaMA:
     def extend(self, contexts: Sequence[Context], sampling: Sampling) -> Iterator[list[int]]:
         """Append new tokens to the contexts, and yield them after each forward pass.
 
-        A context ends at an end-of-sequence token, which is not appended, when it has used its
-        `uniforms`, or when it is max_seq_len tokens long.
+        A context ends at an end-of-sequence token, which is not appended, after as
+        many tokens as it has `uniforms`, or when it is max_seq_len tokens long.
         """
         timings, limit = self.timings, self.model.args.max_seq_len
         begin = time.perf_counter()
@@ -197,7 +197,7 @@ class LLaMA:
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """Fill the caches until a pass over PREFILL_TOKENS tokens can take the rest."""
+        """Run all but the last PREFILL_TOKENS tokens that the caches lack, chunk by chunk."""
         rest = n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
@@ -215,8 +215,8 @@ class LLaMA:
         """One forward pass over the tokens that the caches lack, and drafts of the next ones.
 
         Returns:
-            Each context's new tokens, which are appended to it: one, and as many as its draft had
-            right before that.
+            Each context's new tokens, which are appended to it: the accepted tokens of its draft,
+            and one more.
         """
         limit = self.model.args.max_seq_len
         rooms = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in contexts]
@@ -228,14 +228,12 @@ class LLaMA:
         logits = self.model.output(rows).float()[:, : self.tokenizer.n_words]
 
         uniforms = torch.cat([c.uniforms[:size] for c, size in zip(contexts, sizes)])
-        preceding = (
-            c.tokens + draft[:n]
-            for c, draft in zip(contexts, drafts)
-            for n in range(len(draft) + 1)
-        )
-        drawn = self.sample(logits, preceding, uniforms, sampling).split(sizes)
-        sequences = zip(contexts, drafts, drawn)
-        return [self.accept(context, draft, new.tolist()) for context, draft, new in sequences]
+        pairs = list(zip(contexts, drafts))
+        preceding = (c.tokens + draft[:n] for c, draft in pairs for n in range(len(draft) + 1))
+        drawn = sample(logits, preceding, uniforms, sampling)
+        if torch.distributed.is_initialized():  # CPUs may differ in the last bit of a probability
+            torch.distributed.broadcast(drawn, 0)
+        return [self.accept(*pair, d.tolist()) for pair, d in zip(pairs, drawn.split(sizes))]
 
     def feed(self, contexts: Sequence[Context], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Add a chunk of tokens to each context's cache; returns their hidden states."""
@@ -248,13 +246,13 @@ class LLaMA:
     def accept(self, context: Context, draft: Sequence[int], drawn: list[int]) -> list[int]:
         """Append the drawn tokens up to the first that differs from the draft; returns them.
 
-        What the cache holds of a wrong draft is overwritten by the next pass.
+        The next pass overwrites the keys and values of rejected tokens.
         """
         n_right = len(commonprefix([draft, drawn]))
         new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_right + 1]))
         is_end = len(new) <= n_right
         context.n_cached = len(context.tokens) + min(n_right, len(new))
         context.tokens += new
-        context.uniforms = context.uniforms[len(context.uniforms) if is_end else len(new) :]
+        context.uniforms = context.uniforms[:0] if is_end else context.uniforms[len(new) :]
         context.lookup.adapt(len(draft), n_right)
         return new

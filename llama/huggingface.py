@@ -1,4 +1,4 @@
-"""Hugging Face's folders as Meta's: config.json, names of weights, order of the rows of q and k.
+"""Converts a Hugging Face folder to Meta's format: config, names of weights, rows of q and k.
 
 A folder has config.json, tokenizer.model, and weights as safetensors or as torch.save writes them.
 """
@@ -17,9 +17,9 @@ from .params import check_params, read_json, to_model_args
 from .tokenizer import Tokenizer
 from .weights import UNUSED, Weight, check_tensor, read_tensors
 
-FIELDS = {  # of params.json: the field of config.json
+FIELDS = {  # key of params.json: key of config.json
     "dim": "hidden_size",
-    "multiple_of": "intermediate_size",  # ffn_dim_multiplier's result is rounded up to it
+    "multiple_of": "intermediate_size",  # see ffn_dim_multiplier in to_params
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "n_layers": "num_hidden_layers",
@@ -41,7 +41,7 @@ NAMES = {  # Meta's names: Hugging Face's
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-PERMUTED = (".wq.weight", ".wk.weight")  # Hugging Face orders their rows in another way
+PERMUTED = (".wq.weight", ".wk.weight")  # see `permute`
 FILES = (  # of weights: the first of these that a folder has
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
@@ -107,6 +107,7 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if rope.get("rope_theta") is not None:
         params["rope_theta"] = rope["rope_theta"]
     check_params(params, path, FIELDS)
+    # With this, ModelArgs.hidden_dim is exactly intermediate_size.
     params["ffn_dim_multiplier"] = params["multiple_of"] / int(2 / 3 * 4 * params["dim"])
 
     default_rope = {"rope_type": "default", "rope_theta": params.get("rope_theta", 10000.0)}
@@ -129,7 +130,7 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of params.json for tokens beyond the tokenizer's, ends and the prompt format."""
+    """added_tokens, eos_token_id and chat_style, as keys of params.json."""
 
     def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).exists() else {}
@@ -212,7 +213,7 @@ def read_files(folder: Path, paths: list[Path]) -> tuple[dict[str, Tensor], bool
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a safetensors file, and that they are memory maps."""
+    """The tensors of a safetensors file, and True: they are memory maps."""
     check_file(path)
     try:
         from safetensors import safe_open

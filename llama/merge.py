@@ -47,7 +47,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
     Args:
         folder: The directory of the weights.
         copy_files: Take Meta's params.json and tokenizer.model along.
-        tokenizer_path: Reads the text that quantizing takes. Default: tokenizer.model in folder.
+        tokenizer_path: For the text on which quantizing calibrates. Default: tokenizer.model in folder.
     """
     paths = find_shards(folder) or find_files(folder)
     if not paths and (folder / "config.json").exists():
@@ -96,11 +96,13 @@ def write_merged(
     target = output_dir / "merged.pth"
     needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
     with ExitStack() as stack:
-        partial = stack.enter_context(replacing(target, overwrite))  # entered first, renamed last
+        partial = stack.enter_context(
+            atomic_write(target, overwrite)
+        )  # entered first, renamed last
         for name, content in source.files.items():
             path = output_dir / name
             if not (path.is_file() and path.read_bytes() == content):
-                stack.enter_context(replacing(path, overwrite)).write_bytes(content)
+                stack.enter_context(atomic_write(path, overwrite)).write_bytes(content)
         if free < needed:
             raise UserError(f"{target} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         write_state(partial, state, produce)
@@ -110,8 +112,8 @@ def write_merged(
 
 
 @contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a path to write to, beside `path`. It is renamed to that when the block has succeeded.
+def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a path to write to. If the block succeeds, the file is renamed to `path`.
 
     Raises:
         UserError: `path` exists, now or at the end, and is not to be overwritten.
@@ -177,7 +179,7 @@ def quantized(source: Source, scheme: str) -> tuple[dict[str, Tensor], Produce]:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> None:
-    """Make `path` a checkpoint of the state, whose tensors `produce` writes one by one."""
+    """Write the checkpoint `state`; `produce` supplies its tensors one by one."""
     offsets = reserve(path, state)
     total = sum(tensor.nbytes for tensor in state.values())
     options = {"unit": "B", "unit_scale": True, "disable": None}
@@ -193,7 +195,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> No
 
 
 def reserve(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Write a checkpoint with holes for these tensors; returns where the bytes of each belong."""
+    """Write a checkpoint without the tensors' bytes; returns the offset of each tensor."""
     with FakeTensorMode():
         fakes = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
     try:

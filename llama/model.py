@@ -1,7 +1,7 @@
 """The LLaMA transformer (arXiv 2302.13971), in the order in which data meets it.
 
 Sequences of different lengths are not padded. Their tokens are concatenated into one (n_tokens,
-dim) tensor, which every matrix multiplies at once. Only attention splits it into sequences.
+dim) tensor (a packed batch), which every matrix multiplies at once. Only attention splits it.
 """
 
 import math
@@ -80,7 +80,7 @@ class Segment(NamedTuple):
 
     start_pos: int
     n_tokens: int
-    cache: KVCache | None  # None: nothing precedes these tokens, and nothing follows
+    cache: KVCache | None  # None: a single pass, nothing is kept
 
 
 class Attention(nn.Module):
@@ -94,8 +94,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
-        heads = (len(x), -1, self.head_dim)
-        xq, xk, xv = self.wq(x).view(heads), self.wk(x).view(heads), self.wv(x).view(heads)
+        shape = (len(x), -1, self.head_dim)
+        xq, xk, xv = self.wq(x).view(shape), self.wk(x).view(shape), self.wv(x).view(shape)
         rotated = apply_rotary_emb(torch.cat([xq, xk], 1), freqs_cis)
         xq, xk = rotated.split([xq.shape[1], xk.shape[1]], 1)  # (n_tokens, n_heads, head_dim)
 
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
     """The model: token ids in, logits out.
 
     Args:
-        args: Its shape. Weights are allocated, not initialised: load a state dict of Meta's names.
+        args: Its shape. Weights are allocated, not initialized: load a state dict of Meta's names.
 
     Attributes:
         caches: The key-value caches of the last call of `forward`.
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         self.args = args
         self.caches: Sequence[KVCache] = ()
         self.cache_dtype = torch.get_default_dtype()
-        # nn.Embedding's initialisation imports torch._dynamo on the meta device: a second.
+        # nn.Embedding(...) imports torch._dynamo on the meta device, which takes a second.
         embeddings = torch.empty(args.vocab_size, args.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
@@ -177,8 +177,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 (bsz, seqlen).
-            start_pos: The position of the first token. 0 begins new sequences; otherwise these
-                tokens continue those of the calls before.
+            start_pos: The position of the first token. 0 begins new sequences; otherwise the
+                tokens continue those of the previous call.
         Returns:
             fp32 (bsz, vocab_size).
         Raises:
@@ -196,13 +196,12 @@ class Transformer(nn.Module):
         starts: Sequence[int],
         caches: Sequence[KVCache | None],
     ) -> Tensor:
-        """The normalised hidden state of every token, sequence after sequence.
+        """The normalized hidden state of every token, sequence after sequence.
 
         Args:
             tokens: One int64 tensor of ids for each sequence, of any lengths.
             starts: The position of the first of them, for each sequence.
-            caches: What came before, for each sequence; these tokens are added. None: nothing came
-                before, and nothing is kept.
+            caches: Each sequence's cache, to which the tokens are added. None: no cache.
         Returns:
             (n_tokens, dim), in the activations' dtype.
         """
@@ -223,7 +222,7 @@ class Transformer(nn.Module):
         """Remove positions start to end from a cache of `length` positions; the rest moves down.
 
         Attention depends only on the distance between positions (arXiv 2104.09864, eq. 16), so
-        keys can move when they are rotated back by the angle of as many positions.
+        each key is rotated back by end - start positions.
         """
         back = self.freqs_cis[end - start].conj()[None]  # (1, head_dim / 2)
         for layer_id in range(self.args.n_layers):

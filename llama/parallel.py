@@ -1,8 +1,8 @@
 """Tensor parallelism: several processes, the ranks, each with its part of every matrix.
 
-Matrices that read the residual stream (wq wk wv w1 w3 output) are divided by outputs, those that
-write it (wo w2) by inputs, and their partial results are summed: two all-reduces a layer
-(Megatron-LM, arXiv 1909.08053, section 3). torchrun starts the ranks.
+Matrices that read the residual stream (wq wk wv w1 w3 output) are column-parallel, those that write
+it (wo w2) are row-parallel: their partial results are summed by two all-reduces a layer (Megatron-LM,
+arXiv 1909.08053, section 3). torchrun starts the ranks.
 """
 
 import json
@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .generation import LLaMA
 from .model import ModelArgs, Transformer
-from .sampling import sample
 from .weights import WEIGHTS, Weight, split_dim
 
 SMALL = 2**18  # bytes: up to here sending to every rank is faster than all_reduce
@@ -59,7 +57,7 @@ def first_to_report() -> bool:
     try:
         rank = os.environ["RANK"]
         return store is None or store.compare_set("reported", "", rank) == rank.encode()
-    except RuntimeError:  # the store has ended, with rank 0's machine
+    except RuntimeError:  # the store is gone, with rank 0
         return True
 
 
@@ -79,7 +77,7 @@ def offset(n_units: int, rank: int) -> int:
     return rank * n_units // dist.get_world_size()
 
 
-def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] | None:
+def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] | None:
     """The dimension in which ranks divide a tensor, and where this rank's part starts and ends.
 
     Returns:
@@ -90,7 +88,7 @@ def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] 
     dim, spec = split_dim(name), WEIGHTS.get(f".{name}".split(".")[-2])
     if dim is None or not spec.unit or dim >= len(shape):
         return None
-    # What is never divided: a head, an output, and 64 of the hidden features (int4's groups).
+    # Ranks get whole heads, whole outputs, and multiples of 64 hidden features (int4's groups).
     hidden = args.hidden_dim // min(args.hidden_dim & -args.hidden_dim, 64)
     n_units = {"heads": args.n_kv_heads, "hidden": hidden, "vocab": args.vocab_size}[spec.unit]
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
@@ -106,11 +104,12 @@ def part(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int, int] 
 def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weight]:
     """This rank's part of every weight."""
     return {
-        name: narrow(weight, part(name, weight.shape, args)) for name, weight in weights.items()
+        name: shard_weight(weight, shard_range(name, weight.shape, args))
+        for name, weight in weights.items()
     }
 
 
-def narrow(weight: Weight, where: tuple[int, int, int] | None) -> Weight:
+def shard_weight(weight: Weight, where: tuple[int, int, int] | None) -> Weight:
     if where is None:
         return weight
     dim, start, end = where
@@ -128,7 +127,7 @@ def narrow(weight: Weight, where: tuple[int, int, int] | None) -> Weight:
 def shard_model(model: Transformer) -> None:
     """Give the tensors of a model on the meta device the shapes of this rank's parts."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if where := part(name, tensor.shape, model.args):
+        if where := shard_range(name, tensor.shape, model.args):
             dim, start, end = where
             tensor.data = tensor.data.narrow(dim, start, end - start)
     n_kv_heads, rank = model.args.n_kv_heads, dist.get_rank()
@@ -137,11 +136,10 @@ def shard_model(model: Transformer) -> None:
 
 
 def split_corrections(model: Transformer) -> None:
-    """Make the corrections of quantized layers that are divided by inputs this rank's.
+    """Adapt the corrections of row-parallel quantized layers (wo, w2) to this rank's inputs.
 
-    The layer's y = Q r + C u, with u = U x, would need u of the whole input before r. With u and r
-    of this rank's part of the input, and C + Q U^T (this rank's) - Q U^T (all ranks'), the sum over
-    the ranks is the same.
+    A rank i knows only its part of the input, U_i x_i and not U x. With
+    C_i = C + Q_i U_i^T - sum over j of Q_j U_j^T, the ranks' results still add up to y = Q r + C u.
     """
     for path, layer in model.named_modules():
         if hasattr(layer, "directions") and split_dim(f"{path}.weight") == 1:
@@ -152,39 +150,33 @@ def split_corrections(model: Transformer) -> None:
             layer.corrections = layer.corrections + local - total
 
 
-def parallelize(llama: LLaMA) -> None:
-    """Let a model of this rank's parts compute what the whole model does."""
-    vocab_size = llama.model.args.vocab_size
+def parallelize(model: Transformer) -> None:
+    """Add the communication with which models of the ranks' parts compute the whole logits."""
+    vocab_size = model.args.vocab_size
 
     def concatenate(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         starts = [offset(vocab_size, rank) for rank in range(dist.get_world_size() + 1)]
-        return torch.cat(exchange(output, [b - a for a, b in pairwise(starts)]), 1)
+        return torch.cat(all_gather(output, [b - a for a, b in pairwise(starts)]), 1)
 
-    def sample_on_rank0(*args: object) -> Tensor:
-        tokens = sample(*args)
-        dist.broadcast(tokens, 0)  # sampling may differ in a last bit between CPUs
-        return tokens
-
-    add_hooks(llama.model)
-    llama.model.output.register_forward_hook(concatenate)
-    llama.sample = sample_on_rank0
+    add_all_reduces(model)
+    model.output.register_forward_hook(concatenate)
 
 
-def add_hooks(model: Transformer) -> None:
-    """Add the ranks' partial results of wo and w2."""
+def add_all_reduces(model: Transformer) -> None:
+    """Sum the partial results of wo and w2 over the ranks."""
 
     def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if output.nbytes > SMALL:
             dist.all_reduce(output)
             return output
-        return torch.stack(exchange(output, [output.shape[1]] * dist.get_world_size())).sum(0)
+        return torch.stack(all_gather(output, [output.shape[1]] * dist.get_world_size())).sum(0)
 
     for layer in model.layers:
         layer.attention.register_forward_hook(add)
         layer.feed_forward.register_forward_hook(add)
 
 
-def exchange(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def all_gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Every rank's x, of so many columns, sent to each other rank directly.
 
     Measured for 8 KB between two processes: 94 us; gloo's all_gather 209, all_reduce 334.

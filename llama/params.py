@@ -1,4 +1,4 @@
-"""params.json: the shape of a model, and what a converted model's config says beside it."""
+"""params.json: the shape of a model, and extra keys of converted models."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ EXPECTED = {
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte order mark before it is skipped."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it belongs beside the weights") from None
     except (ValueError, RecursionError) as error:
@@ -64,13 +64,12 @@ def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -
     """
     if unknown := sorted(params.keys() - KEYS.keys()):
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
-    for key in (*REQUIRED, *params):
-        value = params.get(key, "missing")
+    if missing := [names.get(key, key) for key in REQUIRED if key not in params]:
+        raise UserError(f"{path} has no {missing[0]}")
+    for key, value in params.items():
         if not is_valid(value, KEYS[key]):
-            raise UserError(
-                f"{path}: {names.get(key, key)} is {value!r:.60}, and should be "
-                f"{EXPECTED[KEYS[key]]}"
-            )
+            expected = EXPECTED[KEYS[key]]
+            raise UserError(f"{path}: {names.get(key, key)} is {value!r:.60}, not {expected}")
     return params
 
 

@@ -73,7 +73,7 @@ def sample(
         logits = penalize(logits, sequences, sampling.repetition_penalty)
     if not logits.isfinite().all():
         raise UserError(
-            "the model's output is not finite: its weights are damaged, or not params.json's"
+            "the model's output is not finite: its weights are damaged, or of another params.json"
         )
     if sampling.temperature < 1e-5:  # 0, or so near to it that dividing would overflow
         return logits.argmax(-1)

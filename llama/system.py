@@ -1,4 +1,4 @@
-"""What this process may take of the machine, and of the container that it runs in."""
+"""The memory and cores of this process, with the limits of a container."""
 
 import math
 import os
@@ -13,7 +13,7 @@ ROOT = Path("/")
 
 
 def read_number(path: Path, name: str = "") -> int | None:
-    """The number behind a name in one of the kernel's files; None if there is none."""
+    """The number after a name in one of the kernel's files; None if there is none."""
     try:
         found = re.search(rf"^{name}:?\s*(\d+)( kB)?", path.read_text(), re.MULTILINE)
     except OSError:
@@ -27,7 +27,7 @@ def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
-            folder = root / "sys/fs/cgroup" / (controllers and controller) / path.lstrip("/")
+            folder = root / "sys/fs/cgroup" / (controller if controllers else "") / path.lstrip("/")
             yield from (folder, *folder.parents)
 
 

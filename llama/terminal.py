@@ -119,7 +119,7 @@ def width(text: str) -> int:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show what is typed meanwhile: it is there for the next prompt."""
+    """Do not show what is typed meanwhile: the next prompt receives it."""
     try:
         import termios
     except ImportError:  # Windows

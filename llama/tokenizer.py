@@ -10,7 +10,9 @@ from sentencepiece import SentencePieceProcessor
 from .errors import UserError, check_file
 
 # sentencepiece decodes each byte that is not UTF-8 to one U+FFFD.
-codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+codecs.register_error(
+    "replace_each", lambda error: ("\ufffd" * (error.end - error.start), error.end)
+)
 
 
 class Tokenizer:
@@ -49,9 +51,8 @@ class Tokenizer:
             bos, eos: Put bos_id before, eos_id after.
             within: `s` continues a text, so no space is added before it.
         """
-        added = "|".join(map(re.escape, sorted(self.added_tokens, key=len, reverse=True)))
         ids = []
-        for part in re.split(f"({added})", s) if added else [s]:
+        for part in split_at(self.added_tokens, s):
             if part in self.added_tokens:
                 ids.append(self.added_tokens[part])
             else:
@@ -76,7 +77,7 @@ class Tokenizer:
         Args:
             within: The ids continue a text, so a space before the first one is kept.
         """
-        utf8 = codecs.getincrementaldecoder("utf-8")("each")
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace_each")
         sp = self.sp_model
         for token in ids:
             if token >= sp.vocab_size():
@@ -89,6 +90,12 @@ class Tokenizer:
                 yield utf8.decode(b"", final=True) + piece
             within = within or token >= sp.vocab_size() or not sp.is_control(token)
         yield utf8.decode(b"", final=True)
+
+
+def split_at(special: Iterable[str], text: str) -> list[str]:
+    """The text in parts, of which every second one is a special token; the longest one counts."""
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    return re.split(f"({pattern})", text) if pattern else [text]
 
 
 def read_model(path: Path) -> SentencePieceProcessor:

@@ -25,37 +25,40 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 
 class WeightSpec(NamedTuple):
-    """What is special about a weight of shape (out_features, in_features)."""
+    """How a weight of shape (out_features, in_features) is sharded and quantized."""
 
-    split_dim: int | None  # the dimension that Meta's shards divide
-    unit: str | None  # what our ranks divide in it: heads, hidden or vocab. None: nothing
+    split_dim: int  # the dimension that Meta's shards divide
+    unit: str | None  # what our ranks divide in it. None: every rank has the whole weight
     min_bits: int  # the fewest that quantization may leave
 
 
-WEIGHTS = {
+WEIGHTS = {  # norms are not here: they are whole in every shard, and never quantized
     "tok_embeddings": WeightSpec(1, None, 8),
-    "attention_norm": WeightSpec(None, None, 16),
     "wq": WeightSpec(0, "heads", 4),
     "wk": WeightSpec(0, "heads", 4),
     "wv": WeightSpec(0, "heads", 4),
     "wo": WeightSpec(1, "heads", 4),
-    "ffn_norm": WeightSpec(None, None, 16),
     "w1": WeightSpec(0, "hidden", 4),
     "w2": WeightSpec(1, "hidden", 4),
     "w3": WeightSpec(0, "hidden", 4),
-    "norm": WeightSpec(None, None, 16),
     "output": WeightSpec(0, "vocab", 8),
 }
 # For each tensor of a module: which of its dimensions are (out_features, in_features).
-DIMS = {"weight": (0, 1), "scales": (0, None), "groups": (1, 0), "directions": (None, 1)}
-DIMS["corrections"] = (1, None)
+DIMS = {
+    "weight": (0, 1),
+    "scales": (0, None),
+    "groups": (1, 0),
+    "directions": (None, 1),
+    "corrections": (1, None),
+}
 
 
 def split_dim(name: str) -> int | None:
     """The dimension of a tensor that shards and ranks divide. None: every shard has all of it."""
     module, tensor = f".{name}".split(".")[-2:]
-    dim = WEIGHTS[module].split_dim if module in WEIGHTS else None
-    return None if dim is None else DIMS.get(tensor, (None, None))[dim]
+    if module not in WEIGHTS or tensor not in DIMS:
+        return None
+    return DIMS[tensor][WEIGHTS[module].split_dim]
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Weight:
         return self.parts[0].dtype
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The whole tensor. The memory that reading its files has filled is given back.
+        """The whole tensor. Releases the pages of the files that it has read.
 
         Raises:
             UserError: A value is not finite in this dtype.
@@ -104,7 +107,7 @@ class Weight:
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory that reading a mapped tensor has filled. The file keeps the bytes."""
+    """Release the pages of a mapped tensor that were read. The file keeps the bytes."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
         return
     n_elements = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) + 1
@@ -141,7 +144,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             found = found[key]
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
-    # Numbers beside the weights, such as a step counter, are not for us.
+    # Scalars, such as a step counter, are not weights.
     return {str(k): t for k, t in found.items() if isinstance(t, Tensor) and t.dim() > 0}, mapped
 
 
@@ -165,7 +168,7 @@ def check_tensor(tensor: Tensor, label: str) -> None:
 
 
 def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
-    """Open every weight that the files, shards of one model, hold together, by name.
+    """Map each name to its Weight, joined from the files, which are the shards of one model.
 
     Raises:
         UserError: A file cannot be read, or the shards do not belong together.
@@ -203,5 +206,5 @@ def quantization_of(weights: Mapping[str, Weight | Tensor]) -> str | None:
     """The quantization scheme of a checkpoint's weights: int8, int4 or None."""
     if any(name.endswith(".groups") for name in weights):
         return "int4"
-    is_float = (w.dtype.is_floating_point for name, w in weights.items() if name != FORMAT)
-    return None if all(is_float) else "int8"
+    are_float = (w.dtype.is_floating_point for name, w in weights.items() if name != FORMAT)
+    return None if all(are_float) else "int8"

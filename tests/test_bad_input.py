@@ -47,7 +47,7 @@ def test_a_missing_key_or_file_is_named(folder):
     path = folder / "params.json"
     for key in PARAMS.keys() - {"vocab_size"}:
         path.write_text(json.dumps({k: v for k, v in PARAMS.items() if k != key}))
-        assert f"{path}: {key} is 'missing'" in refusal(folder)
+        assert f"{path} has no {key}" in refusal(folder)
     path.unlink()
     assert f"{path} is missing" in refusal(folder)
 

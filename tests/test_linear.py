@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, relative_error
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama.linear import (
     OneDNNLinear,
@@ -36,12 +36,6 @@ BOUNDS = {"float32": 1e-6, "bfloat16": 0.0025, "Int8Linear": 0.01, "Int4Linear":
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def plain_linear(weight: Tensor) -> PlainLinear:
-    layer = PlainLinear(*reversed(weight.shape), bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 def quantized(cls: type[QuantizedLinear], weight: Tensor, k: int = 16) -> QuantizedLinear:
@@ -82,7 +76,7 @@ def measure() -> Iterator[tuple[str, str, float]]:
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         kind, weight = str(dtype).removeprefix("torch."), normal(*shape)
         w = weight.to(dtype)
-        plain = [plain_linear(w), fast_linear(w.clone())]
+        plain = [PlainLinear(w), fast_linear(w.clone())]
         plain += [OneDNNLinear(w.clone())] if has_onednn(dtype) else []
         plain += [TransposedLinear(w)] if dtype == torch.float32 else []
         layers = [(layer, kind, lambda x, w=w: x.double() @ w.double().t()) for layer in plain]

@@ -55,17 +55,19 @@ def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds to cores")
-def test_a_process_bound_to_one_core_runs_on_one_thread(monkeypatch):
+def test_a_process_bound_to_one_core_runs_on_one_thread(monkeypatch, tmp_path):
+    (tmp_path / "merged.pth").touch()
+    os.truncate(tmp_path / "merged.pth", 2**30)  # a large model
     code = """
-import os, torch
+import os, pathlib, sys, torch
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from llama import cli
 torch.set_num_threads(4)
-cli.set_threads(None)
+cli.set_threads(None, pathlib.Path(sys.argv[1]))
 print(torch.get_num_threads())
 """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert run_python(code) == "1\n"
+    assert run_python(code, tmp_path) == "1\n"
 
 
 # The check before loading

@@ -1,7 +1,7 @@
 """Quantizing a model in one forward pass over a short text.
 
-Each layer reads its weight when the pass reaches it, multiplies in fp32, takes the directions to be
-kept exact from its input, rounds the weight, and lets it go.
+Each layer reads its weight when the pass reaches it, multiplies in fp32, computes the main directions
+of its input, rounds the weight, and releases it.
 """
 
 import functools
@@ -27,7 +27,7 @@ year, and the farmers on its banks have learned to keep their animals away from 
 program that reads the level of the water every ten minutes and sends a message when it is too high.
 It is not a large program: a few functions, a table, and a loop that waits for the next reading."""
 
-OnQuantized = Callable[[str, nn.Module], None]  # takes a layer's path in the model, and the layer
+OnQuantized = Callable[[str, nn.Module], None]
 
 
 @functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input
@@ -45,7 +45,7 @@ def input_directions(x: Tensor, k: int) -> Tensor:
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
-    """Refuse a weight whose quantized layer, or product with its input, has Inf or NaN in it."""
+    """Refuse a weight if its quantized layer, or its product with the input, has Inf or NaN."""
     if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
         raise UserError(f"{name} has values that are too large to be quantized")
 
@@ -86,9 +86,9 @@ def calibrate(
     del embedding
     on_quantized("tok_embeddings", model.tok_embeddings)
     if torch.distributed.is_initialized():
-        from ..parallel import add_hooks
+        from ..parallel import add_all_reduces
 
-        add_hooks(original)
+        add_all_reduces(original)
     original.output(original.hidden([torch.arange(len(tokens))], [0], [None]))
     input_directions.cache_clear()
 
@@ -98,7 +98,7 @@ def calibration_tokens(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
     if tokenizer:
         return torch.tensor(tokenizer.encode(TEXT, bos=True, eos=False)[:N_TOKENS])
     warnings.warn(
-        "there is no tokenizer: the weights are quantized for random tokens, less accurately",
+        "there is no tokenizer: calibrating on random tokens, which is less accurate",
         stacklevel=2,
     )
     generator = torch.Generator().manual_seed(0)

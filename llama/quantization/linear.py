@@ -41,7 +41,10 @@ MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q r + C u, see above. Subclasses hold Q, and multiply by it.
+    """y = Q r + C u, see above.
+
+    Subclasses hold Q, and define quantize_weight, prepare_weight, multiply (fp32 x Q^T for fp32 x) and
+    blocks (Q in fp32, some rows at a time).
 
     Buffers:
         directions: U, bf16 (n_directions, in_features).
@@ -82,16 +85,8 @@ class QuantizedLinear(nn.Module):
         projection, residual = project_out(x, self.directions)
         return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """fp32 x Q^T for fp32 x."""
-        raise NotImplementedError
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Q in fp32, some rows at a time."""
-        raise NotImplementedError
-
-
-recent: deque[Tensor] = deque(maxlen=2)  # w1 and w3 share U, and w2 comes between them
+recent: deque[Tensor] = deque(maxlen=2)  # in the order of modules w2 comes between w1 and w3
 
 
 def shared(directions: Tensor) -> Tensor:
@@ -100,7 +95,8 @@ def shared(directions: Tensor) -> Tensor:
     return recent[-1]
 
 
-@functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input and one U
+# By identity: wq wk wv, and w1 w3, get the same tensor, which no one may change in between.
+@functools.lru_cache(maxsize=1)
 def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """u = U x and the residual r = x - U^T u, in fp32."""
     x = x.float()
@@ -164,6 +160,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(QuantizedLinear):
     """Asymmetric, in groups of neighbouring inputs: Q = scale * (q - 8) + zero, q from 0 to 15.
 
+    The zero is a weight's value, not an integer zero point: PyTorch's 4-bit operator wants it so.
+
     Buffers:
         weight: uint8 (out_features, in_features / 2). Two neighbours share a byte, the first is in
             the low half.
@@ -211,7 +209,7 @@ class Int4Linear(QuantizedLinear):
         y = x.new_empty(len(x), self.shape[0])
         for rows in row_blocks(*self.shape):
             int8_scale = self.int8_scales[rows]
-            # Fixed point with 8 fractional bits, in which overflows of the product cancel out.
+            # int16 fixed point, 8 fractional bits: the wraparound of the product cancels in the sum.
             fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)
@@ -247,9 +245,6 @@ class Int8Embedding(nn.Module):
         """Fill the buffers with an fp32 embedding."""
         self.weight, self.scales = quantize_rows(weight)
 
-    def prepare(self) -> None:
-        """Rows are looked up as they are."""
-
     def forward(self, tokens: Tensor) -> Tensor:
         return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
 
@@ -258,7 +253,7 @@ def swap_modules(model: nn.Module, scheme: str) -> None:
     """Replace the matrices of a model on the meta device by quantized ones with empty buffers."""
     for path, module in list(model.named_modules()):
         spec = WEIGHTS.get(path.split(".")[-1])
-        if spec and spec.min_bits < 16:
+        if spec:
             shape = module.weight.shape
             int4 = scheme == "int4" and spec.min_bits == 4 and group_size(shape[1])
             cls = Int4Linear if int4 else Int8Linear

@@ -9,7 +9,7 @@ from ..linear import row_blocks
 
 GROUPS = (64, 32)  # neighbouring inputs that share an int4 scale: the first that divides them
 CLIPS = (1.0, 0.9)  # of a group's range, tried for its low and its high end
-BLOCK = 2**17  # weights rounded at a time: some ten fp32 temporaries stay in the caches
+ROUNDING_SIZE = 2**17  # weights rounded at a time: some ten fp32 temporaries stay in the caches
 
 
 def row_scales(x: Tensor) -> Tensor:
@@ -34,16 +34,16 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """
     q = torch.empty(weight.shape, dtype=torch.uint8)
     groups = torch.empty(weight.shape[1] // group, len(weight), 2, dtype=torch.bfloat16)
-    for rows in row_blocks(*weight.shape, BLOCK, multiple=1):
+    for rows in row_blocks(*weight.shape, ROUNDING_SIZE, multiple=1):
         w = weight[rows].unflatten(1, (-1, group))
         scale_and_zero = torch.cat(fit_groups(w), -1).bfloat16()
         groups[:, rows] = scale_and_zero.transpose(0, 1)
         scale, zero = scale_and_zero.float().split(1, -1)
-        q[rows] = levels(w, scale, zero).flatten(1).to(torch.uint8)
+        q[rows] = to_levels(w, scale, zero).flatten(1).to(torch.uint8)
     return q, groups
 
 
-def levels(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def to_levels(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (w - zero).div_(scale).add_(8).round_().clamp_(0, 15)
 
 
@@ -56,8 +56,8 @@ def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     centred = w - mean
 
     def refine(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Least squares for the q of these; and the part of the variance that it explains."""
-        q = levels(w, scale, zero)
+        """The least-squares scale and zero for the rounded q, and the variance that they explain."""
+        q = to_levels(w, scale, zero)
         q_mean = q.mean(-1, keepdim=True)
         q -= q_mean
         variance = q.square().sum(-1, keepdim=True)
