@@ -5,8 +5,8 @@
     model = llama.load("model/demo")
     print(model.generate("Once upon a time", max_gen_len=64)[0])
 
-Import llama before torch: it sets THP_MEM_ALLOC_ENABLE, GOMP_SPINCOUNT and KMP_BLOCKTIME, unless they
-are set already, and PyTorch reads them when it is imported.
+Import llama before torch: it sets THP_MEM_ALLOC_ENABLE, GOMP_SPINCOUNT and KMP_BLOCKTIME, unless
+they are set already, and PyTorch reads them when it is imported.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The key-value cache of one sequence, and attention to it.
 
 For one token, q K^T and p V are weighted sums of rows: of K^T by q, and of V by p.
-`torch.embedding_bag` computes them at memory bandwidth; matmul and scaled_dot_product_attention take
-2 to 10 times as long on AMD Zen 5 (512 and 2,000 positions), and 1.4 times on Intel Emerald Rapids.
+`torch.embedding_bag` computes them at memory bandwidth; matmul and scaled_dot_product_attention
+take 2 to 10 times as long on AMD Zen 5 (512 and 2,000 positions), 1.4 times on an Intel Xeon.
 """
 
 import functools
@@ -108,7 +108,7 @@ class KVCache:
 
 
 def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """For each row of `indices` (n_sums, n): the sum of these rows of the table, times `weights`."""
+    """For each row of indices (n_sums, n): the sum of these rows of the table, times weights."""
     table = table.view(-1, table.shape[-1])
     offsets = bag_offsets(*indices.shape)
     arguments = {"mode": 0, "per_sample_weights": weights.flatten()}  # mode 0: sum

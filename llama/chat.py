@@ -116,10 +116,10 @@ class Chat:
         self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # of the last reply: tokens, turns
 
     def reply(self, message: str) -> Iterator[str]:
-        """Yield the reply to a message in pieces. If closed early, the context keeps what was yielded.
+        """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
 
         Raises:
-            UserError: The message alone is longer than the context. The conversation stays as it is.
+            UserError: The message is longer than the context. The conversation stays as it is.
         """
         message = message.strip()
         self.llama.timings = Timings()
@@ -223,7 +223,7 @@ class Chat:
             context.n_cached = n_cached - (end - start)
 
     def remove_tail(self, tail: str) -> None:
-        """Remove `tail` from the end of the context. Its first token may also hold text that stays."""
+        """Remove a text from the end of the context. Its first token may hold text that stays."""
         tokenizer, tokens, n = self.llama.tokenizer, self.context.tokens, 0
         while tail and n < self.n_new:
             n += 1

@@ -157,7 +157,8 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     fits = ([] if stored else fitting(smaller)) + fitting(shorter)[:1]
     remedy = "use " + " or ".join(fits) if fits else "close programs, or use a smaller model"
     raise UserError(
-        f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {remedy}"
+        f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "
+        f"{remedy}"
     )
 
 

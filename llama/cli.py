@@ -1,4 +1,4 @@
-"""What the three scripts share: flags, --help, errors, exit codes, and where they look for files."""
+"""What the three scripts share: flags, --help, errors, exit codes, where they look for files."""
 
 import argparse
 import contextlib

@@ -131,7 +131,7 @@ class LLaMA:
     ) -> Iterator[str]:
         """Continue one prompt, a text or token ids, piece by piece.
 
-        The pieces of the prompt come first. Joined, all pieces are the text that `generate` returns.
+        The pieces of the prompt come first. All pieces join to the text that `generate` returns.
         Arguments and errors are those of `generate`.
         """
         sampling = Sampling(max_gen_len, temperature, top_p, **options)

@@ -97,7 +97,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def has_vnni() -> bool:
-    """True if oneDNN accumulates int8 products in 32 bits. Without VNNI, pairs saturate at 16 bits."""
+    """True if oneDNN accumulates int8 products in 32 bits. Without VNNI, pairs saturate at 16."""
     q = torch.full((64, 64), 127, dtype=torch.int8)
     u = torch.full((1, 64), 255, dtype=torch.uint8)
     try:

@@ -41,7 +41,7 @@ class PromptLookup:
         return list(tokens[start : start + self.length])
 
     def adapt(self, n_drafted: int, n_accepted: int) -> None:
-        """Double the draft length after a draft that was right; otherwise use the number accepted."""
+        """Double the length after a draft that was right; otherwise use the number accepted."""
         if n_drafted:
             length = 2 * self.length if n_accepted == n_drafted else n_accepted
             self.length = min(max(length, 2), self.limit)

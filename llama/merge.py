@@ -47,7 +47,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
     Args:
         folder: The directory of the weights.
         copy_files: Take Meta's params.json and tokenizer.model along.
-        tokenizer_path: For the text on which quantizing calibrates. Default: tokenizer.model in folder.
+        tokenizer_path: Reads the calibration text. Default: tokenizer.model in folder.
     """
     paths = find_shards(folder) or find_files(folder)
     if not paths and (folder / "config.json").exists():

@@ -67,7 +67,7 @@ def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate each pair (x[2j], x[2j+1]) by its position's angle, in fp32 (arXiv 2104.09864, eq. 34).
+    """Rotate each pair (x[2j], x[2j+1]) by its position's angle (arXiv 2104.09864, eq. 34).
 
     x: (n_tokens, n_heads, head_dim); freqs_cis: (n_tokens, head_dim / 2).
     """

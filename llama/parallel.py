@@ -1,8 +1,8 @@
 """Tensor parallelism: several processes, the ranks, each with its part of every matrix.
 
 Matrices that read the residual stream (wq wk wv w1 w3 output) are column-parallel, those that write
-it (wo w2) are row-parallel: their partial results are summed by two all-reduces a layer (Megatron-LM,
-arXiv 1909.08053, section 3). torchrun starts the ranks.
+it (wo w2) are row-parallel: their partial results are summed by two all-reduces a layer
+(Megatron-LM, arXiv 1909.08053, section 3). torchrun starts the ranks.
 """
 
 import json

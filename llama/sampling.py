@@ -98,7 +98,7 @@ def penalize(logits: Tensor, sequences: Iterable[Sequence[int]], penalty: float)
 
 
 def sample_top_p(probs: Tensor, p: float, uniforms: Tensor) -> Tensor:
-    """Draw from the smallest set of most probable tokens whose mass reaches p (arXiv 1904.09751)."""
+    """Draw from the smallest set of most probable tokens of mass p (arXiv 1904.09751)."""
     vocab_size = probs.shape[-1]
     for n_best in (256, vocab_size):  # more than 256 are rarely needed, and sorting is slow
         best, tokens = probs.topk(min(n_best, vocab_size))

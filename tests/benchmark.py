@@ -262,7 +262,12 @@ def kernels(rows: int = 11008, columns: int = 4096, rounds: int = 7) -> None:
 
 
 def accuracy(
-    gguf: str, data: str, stories: int = 40, seed: int = 0, one_by_one: bool = False
+    gguf: str,
+    data: str,
+    stories: int = 40,
+    seed: int = 0,
+    one_by_one: bool = False,
+    save: bool = False,
 ) -> None:
     """Print what each dtype adds to the loss of a real model, beside llama.cpp's formats.
 
@@ -276,12 +281,13 @@ def accuracy(
         stories: How many are scored.
         seed: Of the permutation.
         one_by_one: Score token by token, by the kernels for one token; slow. Default: in one pass.
+        save: Put the rows into docs/accuracy.json, for `plot`.
     """
     lines = Path(data, "valid.jsonl").read_text(encoding="utf-8").splitlines()
     model = SmolLM2(Path(gguf), seed)
     texts = [model.encode(json.loads(line)["story"])[:256] for line in lines]
     texts = [torch.tensor(text) for text in texts if len(text) == 256][:stories]
-    first = None
+    first, added = None, {}
     print(f"{len(texts)} stories\n| weights | loss | added |\n|---|---|---|")
     for name in ("float32", "bfloat16", "int8", "int4", "Q8_0", "Q4_0"):
         with tempfile.TemporaryDirectory() as folder:
@@ -290,7 +296,10 @@ def accuracy(
             transformer = model.load(Path(folder), name if name.startswith("int") else None)
             loss = statistics.mean(mean_loss(transformer, text, one_by_one) for text in texts)
         first = first or loss
-        print(f"| {name} | {loss:.4f} | {loss - first:.4f} |", flush=True)
+        added[name] = round(loss - first, 4)
+        print(f"| {name} | {loss:.4f} | {added[name]:.4f} |", flush=True)
+    if save:
+        (DOCS / "accuracy.json").write_text(json.dumps(added, indent=1) + "\n")
 
 
 @torch.inference_mode()
@@ -386,7 +395,7 @@ def lookup_tasks(model: SmolLM2, stories: list[str]) -> dict[str, list[list[int]
 
 
 def plot() -> None:
-    """Draw docs/memory.svg and docs/speed.svg from docs/speed.json and docs/memory-2023.json."""
+    """Draw docs/memory.svg, speed.svg and accuracy.svg from the measured files in docs/."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -427,6 +436,16 @@ def plot() -> None:
         }
         draw(axes, list(DTYPES), bars, f"tokens/s, {key}")
     save_figure(figure, "speed")
+
+
+    added = json.loads((DOCS / "accuracy.json").read_text())
+    figure, axes = pyplot.subplots(figsize=(7.5, 2.2), layout="constrained")
+    labels = ["bfloat16", "int8", "int4", "Q8_0", "Q4_0"]
+    colors = ["tab:blue"] * 3 + ["tab:orange"] * 2
+    drawn = axes.barh(labels[::-1], [added[label] for label in labels[::-1]], color=colors[::-1])
+    axes.bar_label(drawn, fmt="%.4f", color=grey, size=8, padding=3)
+    axes.set_xlabel("loss added to float32's (orange: llama.cpp's formats)")
+    save_figure(figure, "accuracy")
 
 
 def save_figure(figure: object, name: str) -> None:

@@ -137,7 +137,7 @@ def test_every_rank_holds_its_part(ranks, alone):
         of_demo, of_other = {2: (3 / 5, 1 / 2), 4: (2 / 5, 2 / 6)}[len(ranks)]
         largest = of_demo if "demo" in name else of_other
         for found in (rank[name] for rank in ranks if isinstance(rank[name], dict)):
-            # What every rank has, beside the embedding: norms, scales of rows, directions, corrections.
+            # Every rank has norms, scales of rows, directions and corrections.
             assert found["bytes"] < whole["bytes"] * largest + 5e4, name
 
 

@@ -137,7 +137,9 @@ def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, sc
 
 
 def test_flags_with_dashes_and_values_in_short_are_understood(run_script, checkpoint, tmp_path):
-    args = ["--ckpt-dir", checkpoint, "--tokenizer-path", TOKENIZER, "--max-gen-len=4", "a"]
+    (tmp_path / "a-b").symlink_to(checkpoint)
+    args = ["--ckpt-dir=a-b", "--tokenizer-path", TOKENIZER, "--max-gen-len=4", "a"]
+    args += ["--temperature=1e-5"]
     for value in ("fp32", "FLOAT32", "bf16", "BFloat16"):
         assert run_script("example-cpu.py", *args, "--dtype", value).returncode == 0, value
     for value in ("8", "INT8", "4"):
@@ -149,10 +151,10 @@ def test_flags_with_dashes_and_values_in_short_are_understood(run_script, checkp
 
 
 def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, checkpoint, flags):
-    prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "True"]
-    argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led", "-"]
+    prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "-- a well-known"]
+    argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led-on", "-"]
     done = run_script("example-cpu.py", *argv, input=b"read")
-    assert done.stdout.decode() == greedy(checkpoint, [*prompts, "--led", "read"], 2)
+    assert done.stdout.decode() == greedy(checkpoint, [*prompts, "--led-on", "read"], 2)
 
 
 @pytest.mark.parametrize(

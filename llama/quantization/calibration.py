@@ -1,7 +1,7 @@
 """Quantizing a model in one forward pass over a short text.
 
-Each layer reads its weight when the pass reaches it, multiplies in fp32, computes the main directions
-of its input, rounds the weight, and releases it.
+Each layer reads its weight when the pass reaches it, multiplies in fp32, computes the main
+directions of its input, rounds the weight, and releases it.
 """
 
 import functools

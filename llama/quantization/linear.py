@@ -7,7 +7,8 @@ multiplied by thousands. So both layers compute
     y = Q r + C u,    u = U x,    r = x - U^T u,    C = W U^T
 
 where Q is the rounded W, and U (k, in_features) has the input's first right singular vectors as its
-rows (llama/quantization/calibration.py): low-rank error reconstruction as in LQER, arXiv 2402.02446.
+rows (llama/quantization/calibration.py): low-rank error reconstruction, as in LQER (arXiv
+2402.02446).
 """
 
 import functools
@@ -43,8 +44,8 @@ MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit
 class QuantizedLinear(nn.Module):
     """y = Q r + C u, see above.
 
-    Subclasses hold Q, and define quantize_weight, prepare_weight, multiply (fp32 x Q^T for fp32 x) and
-    blocks (Q in fp32, some rows at a time).
+    Subclasses hold Q, and define quantize_weight, prepare_weight, multiply (fp32 x Q^T for fp32 x)
+    and blocks (Q in fp32, some rows at a time).
 
     Buffers:
         directions: U, bf16 (n_directions, in_features).
@@ -76,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Bring the buffers into the form that this CPU multiplies fastest, once they are filled."""
+        """Bring the filled buffers into the form that this CPU multiplies fastest."""
         self.directions = shared(self.directions.float())  # one token: 2 us in fp32, 20 in bf16
         self.corrections = self.corrections.float()
         self.prepare_weight()
@@ -106,7 +107,7 @@ def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
-    """x (n, k) as scale * (q - 128): uint8 q; a scale for each row (n, 1), or a number for one row."""
+    """x (n, k) as scale * (q - 128): uint8 q; scales (n, 1), or a number for one row."""
     if len(x) == 1:  # fewer operators
         scale = max(x.abs().max().item(), 1e-12) / 127
         return torch.add(ROUNDING, x, alpha=1 / scale).to(torch.uint8), scale
@@ -209,7 +210,7 @@ class Int4Linear(QuantizedLinear):
         y = x.new_empty(len(x), self.shape[0])
         for rows in row_blocks(*self.shape):
             int8_scale = self.int8_scales[rows]
-            # int16 fixed point, 8 fractional bits: the wraparound of the product cancels in the sum.
+            # int16 fixed point, 8 fractional bits: overflow of the product cancels in the sum.
             fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)

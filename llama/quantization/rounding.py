@@ -48,7 +48,7 @@ def to_levels(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero, (n_rows, n_groups, 1), of small squared error for w (n_rows, n_groups, group).
+    """Scale and zero (n_rows, n_groups, 1), of small squared error, for w (n_rows, n_groups, -1).
 
     Each pair of clipped ends is scored by the error of its least-squares fit; the best is refined.
     """
@@ -56,7 +56,7 @@ def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     centred = w - mean
 
     def refine(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The least-squares scale and zero for the rounded q, and the variance that they explain."""
+        """Least-squares scale and zero for the rounded q, and the variance that they explain."""
         q = to_levels(w, scale, zero)
         q_mean = q.mean(-1, keepdim=True)
         q -= q_mean
