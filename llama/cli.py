@@ -87,10 +87,8 @@ def fail(message: str) -> typing.NoReturn:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from .parallel import first_to_report
 
-        if not first_to_report():
-            sys.stderr.flush()
-            os._exit(1)
-        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+        if first_to_report():
+            print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for the other ranks
     sys.exit(f"error: {one_line(message)}")
 

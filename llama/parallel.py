@@ -54,6 +54,7 @@ def raise_ended(*_: object) -> None:
 
 def first_to_report() -> bool:
     """True on the first rank that asks: an error that ends all ranks is printed once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second error must not hide the first
     try:
         rank = os.environ["RANK"]
         return store is None or store.compare_set("reported", "", rank) == rank.encode()
