@@ -437,7 +437,6 @@ def plot() -> None:
         draw(axes, list(DTYPES), bars, f"tokens/s, {key}")
     save_figure(figure, "speed")
 
-
     added = json.loads((DOCS / "accuracy.json").read_text())
     figure, axes = pyplot.subplots(figsize=(7.5, 2.2), layout="constrained")
     labels = ["bfloat16", "int8", "int4", "Q8_0", "Q4_0"]
