@@ -136,8 +136,9 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
         # The cache of one sequence: how many prompts will come is not known.
         per_token = 2 * args.n_layers * model.args.n_kv_heads * args.head_dim
         cache_dtype = dtype if model.cache_dtype == default else model.cache_dtype
-        # Quantizing holds one matrix in fp32, before the cache exists.
-        largest = max(w.shape.numel() for w in weights.values()) * 4 if scheme else 0
+        # Quantizing holds one matrix as it is in the file, before the cache exists.
+        sizes_in_file = (w.shape.numel() * w.dtype.itemsize for w in weights.values())
+        largest = max(sizes_in_file) if scheme else 0
         return sum(sizes) + max(per_token * length * cache_dtype.itemsize, largest) + WORKING_MEMORY
 
     needed = need(default, quantize, args.max_seq_len)

@@ -154,6 +154,11 @@ def row_blocks(
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
+def fp32_blocks(weight: Tensor) -> Iterator[Tensor]:
+    """A matrix in fp32, some rows at a time."""
+    return (weight[rows].float() for rows in row_blocks(*weight.shape))
+
+
 def linear_by_blocks(x: Tensor, blocks: Iterator[Tensor]) -> Tensor:
     """x W^T for fp32 blocks of rows of W. In fp32; the result has the dtype of x."""
     x32 = x.float()
@@ -170,8 +175,7 @@ class PlainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) < FEW_TOKENS or self.weight.dtype == torch.float32:
             return F.linear(x, self.weight)
-        rows = row_blocks(*self.weight.shape)
-        return linear_by_blocks(x, (self.weight[block].float() for block in rows))
+        return linear_by_blocks(x, fp32_blocks(self.weight))
 
 
 class OneDNNLinear(nn.Module):

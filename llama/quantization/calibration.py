@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..linear import fp32_blocks, linear_by_blocks
 from ..model import RMSNorm, Transformer
 from ..tokenizer import Tokenizer
 from ..weights import Weight
@@ -66,10 +67,11 @@ def calibrate(
         original = Transformer(replace(model.args, max_seq_len=len(tokens)))
 
     def forward(path: str, x: Tensor) -> Tensor:
-        """x W^T in fp32. Quantizes W on the way."""
-        layer, weight = model.get_submodule(path), weights[f"{path}.weight"].read(torch.float32)
+        """x W^T in fp32. Quantizes W on the way, which is held in its file's dtype."""
+        layer, source = model.get_submodule(path), weights[f"{path}.weight"]
+        weight = source.read(source.dtype)
         layer.quantize(weight, input_directions(x, len(layer.directions)))
-        y = F.linear(x, weight)
+        y = linear_by_blocks(x, fp32_blocks(weight))
         check_finite(f"{path}.weight", y, *layer.buffers())
         on_quantized(path, layer)
         return y
@@ -79,10 +81,11 @@ def calibrate(
             module.forward = functools.partial(forward, path)
         elif isinstance(module, RMSNorm):
             module.weight = nn.Parameter(weights[f"{path}.weight"].read(torch.float32), False)
-    embedding = weights["tok_embeddings.weight"].read(torch.float32)
+    source = weights["tok_embeddings.weight"]
+    embedding = source.read(source.dtype)
     model.tok_embeddings.quantize(embedding)
     check_finite("tok_embeddings.weight", model.tok_embeddings.scales)
-    original.tok_embeddings = nn.Embedding.from_pretrained(embedding[tokens])
+    original.tok_embeddings = nn.Embedding.from_pretrained(embedding[tokens].float())
     del embedding
     on_quantized("tok_embeddings", model.tok_embeddings)
     if torch.distributed.is_initialized():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..linear import (
     FEW_TOKENS,
+    fp32_blocks,
     has_int8pack,
     has_vnni,
     int4_interleaving,
@@ -68,11 +69,12 @@ class QuantizedLinear(nn.Module):
         """Fill the buffers.
 
         Args:
-            weight: W, fp32 (out_features, in_features).
+            weight: W, (out_features, in_features) of any float dtype.
             directions: U, fp32.
         """
         self.directions = directions.bfloat16()
-        self.corrections = F.linear(self.directions.float(), weight).bfloat16()
+        corrections = linear_by_blocks(self.directions.float(), fp32_blocks(weight))
+        self.corrections = corrections.bfloat16()
         self.quantize_weight(weight)
 
     @torch.inference_mode()
@@ -149,12 +151,12 @@ class Int8Linear(QuantizedLinear):
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 q and fp32 scales such that q * scales[:, None] is nearest to an fp32 matrix."""
+    """int8 q and fp32 scales such that q * scales[:, None] is nearest to a matrix."""
     q = torch.empty(weight.shape, dtype=torch.int8)
-    scales = weight.new_empty(len(weight))
-    for rows in row_blocks(*weight.shape):
-        scale = row_scales(weight[rows])
-        q[rows], scales[rows] = (weight[rows] / scale).round_(), scale.squeeze(1)
+    scales = torch.empty(len(weight))
+    for rows, block in zip(row_blocks(*weight.shape), fp32_blocks(weight)):
+        scale = row_scales(block)
+        q[rows], scales[rows] = (block / scale).round_(), scale.squeeze(1)
     return q, scales
 
 
@@ -243,7 +245,7 @@ class Int8Embedding(nn.Module):
         self.register_buffer("scales", torch.empty(num_embeddings, dtype=torch.float32))
 
     def quantize(self, weight: Tensor) -> None:
-        """Fill the buffers with an fp32 embedding."""
+        """Fill the buffers."""
         self.weight, self.scales = quantize_rows(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Round a matrix to W = scale * (q - 8) + zero, in groups of neighbouring inputs.
 
     Args:
-        weight: fp32 (out_features, in_features).
+        weight: (out_features, in_features), of any float dtype.
         group: Inputs in a group.
     Returns:
         uint8 q from 0 to 15, (out_features, in_features), and scale and zero, bf16
@@ -35,7 +35,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     q = torch.empty(weight.shape, dtype=torch.uint8)
     groups = torch.empty(weight.shape[1] // group, len(weight), 2, dtype=torch.bfloat16)
     for rows in row_blocks(*weight.shape, ROUNDING_SIZE, multiple=1):
-        w = weight[rows].unflatten(1, (-1, group))
+        w = weight[rows].float().unflatten(1, (-1, group))
         scale_and_zero = torch.cat(fit_groups(w), -1).bfloat16()
         groups[:, rows] = scale_and_zero.transpose(0, 1)
         scale, zero = scale_and_zero.float().split(1, -1)
