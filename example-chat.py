@@ -122,6 +122,7 @@ def answer(chat: llama.Chat, message: str) -> None:
     except KeyboardInterrupt:
         if not interactive or torch.distributed.is_initialized():  # torchrun stops all ranks
             raise
+        print(" ^C", end="")
     print(flush=True)
     terminal.notice(cli.params_to_flags(chat.status()))
 

@@ -47,7 +47,9 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
         found = f" (found: {', '.join(found)})" if found else ""
         raise UserError(f"there is no directory {folder}{found}: {remedy}")
     if not paths and (folder / "config.json").exists():
-        remedy = f"convert it first: python merge-weights.py --input_dir {folder}"
+        remedy = (
+            f"convert it first: python merge-weights.py --input_dir {folder} --output_dir model"
+        )
     if not paths:
         raise UserError(f"{folder} has no consolidated.*.pth and no merged.pth: {remedy}")
     for number, path in enumerate(paths):

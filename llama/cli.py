@@ -158,11 +158,12 @@ class Parser(argparse.ArgumentParser):
                 hint = f": did you mean {close[0]}?" if close else ""
                 print(f"there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
                 sys.exit(2)
-        namespace, other = self.parse_known_intermixed_args([*flags, *argv[end:]])
-        if other:
-            self.error(f"{other[0]!r} is not a flag: --help lists them")
+        namespace, other = self.parse_known_intermixed_args(flags)
         options = vars(namespace)
-        return options.pop("prompts", ()), options
+        prompts = [*options.pop("prompts", other), *argv[end + 1 :]]
+        if prompts and "PROMPT" not in self.usage:
+            self.error(f"{prompts[0]!r} has no flag before it: --help lists the flags")
+        return prompts, options
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
@@ -209,7 +210,7 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
     texts = [read_stdin() if p == "-" else clean(p) for p in prompts]
     if prompt_file is not None:
         try:
-            texts.append(Path(prompt_file).read_text(encoding="utf-8-sig"))
+            texts.append(Path(prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n"))
         except OSError as error:
             raise UserError(f"`prompt_file` {prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -218,8 +219,10 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
 
 
 def read_stdin() -> str:
-    """The text on stdin, without a byte order mark, and with Windows' line ends as newlines."""
-    return sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n")
+    """The text on stdin, without a byte order mark and the last newline."""
+    text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+    check(bool(text), "-", "a prompt on stdin", text)
+    return text
 
 
 def clean(text: str) -> str:

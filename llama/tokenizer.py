@@ -103,7 +103,7 @@ def read_model(path: Path) -> SentencePieceProcessor:
     if not path.exists():
         raise UserError(
             f"there is no tokenizer {path}: tokenizer.model comes with the weights, "
-            "set `tokenizer_path` to it"
+            "put it beside them, or set `tokenizer_path` to it"
         )
     check_file(path)
     content = path.read_bytes()

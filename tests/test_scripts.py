@@ -75,11 +75,11 @@ def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
 
 @pytest.mark.parametrize("mark", [b"", BOM])
 def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_path, mark):
-    """Without a byte order mark, and with Windows' line ends as newlines."""
+    """Without a byte order mark and the last newline, and with Windows' line ends as newlines."""
     (tmp_path / "prompt.txt").write_bytes(mark + "Zwölf\r\nlines\r\n".encode())
     args = ["-", "--prompt_file", "prompt.txt", *flags, "--max_gen_len", 8]
     result = run_script("example-cpu.py", *args, input=mark + "einß\r\ntwo".encode())
-    assert result.stdout.decode() == greedy(checkpoint, ["einß\ntwo", "Zwölf\nlines\n"], 8)
+    assert result.stdout.decode() == greedy(checkpoint, ["einß\ntwo", "Zwölf\nlines"], 8)
 
 
 def test_a_byte_order_mark_before_a_message_is_not_text(run_script, flags):
@@ -153,8 +153,10 @@ def test_flags_with_dashes_and_values_in_short_are_understood(run_script, checkp
 def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, checkpoint, flags):
     prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "-- a well-known"]
     argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led-on", "-"]
-    done = run_script("example-cpu.py", *argv, input=b"read")
+    done = run_script("example-cpu.py", *argv, input=b"read\n")
     assert done.stdout.decode() == greedy(checkpoint, [*prompts, "--led-on", "read"], 2)
+    done = run_script("example-cpu.py", *flags, "--max_gen_len=2", "--", "-x")
+    assert done.stdout.decode() == greedy(checkpoint, ["-x"], 2)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,11 @@ def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, 
         ),
         ("example-cpu.py", ["--prompt_file", "none.txt"], "--prompt_file none.txt"),
         ("example-cpu.py", ["word " * 30, "--max_seq_len", "20"], "and the context 20"),
-        ("example-chat.py", ["Hello"], "'Hello' is not a flag"),
+        ("example-chat.py", ["Hello"], "'Hello' has no flag before it"),
         ("example-chat.py", ["--style", "poem"], "argument --style: invalid choice: 'poem'"),
-        ("merge-weights.py", ["7B"], "'7B' is not a flag"),
+        ("merge-weights.py", ["7B"], "'7B' has no flag before it"),
+        ("merge-weights.py", ["--", "7B"], "'7B' has no flag before it"),
+        ("example-cpu.py", ["-"], "must be a prompt on stdin"),
         ("merge-weights.py", ["--model_size", "8B"], "argument --model_size: invalid choice: '8B'"),
         ("merge-weights.py", ["--input_dir", "nowhere"], "--input_dir"),
     ],
