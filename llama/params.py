@@ -33,7 +33,7 @@ EXPECTED = {
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte order mark before it is skipped."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it belongs beside the weights") from None
     except (ValueError, RecursionError) as error:
