@@ -78,9 +78,8 @@ class KVCache:
     def attend_many(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
         """Attention of several tokens, by matrix products."""
         n_tokens, _, head_dim = xq.shape
-        keys = self.keys[
-            layer_id, : math.ceil(end / KEY_BLOCK)
-        ]  # contiguous: matmul copies nothing
+        # Whole blocks are contiguous: matmul copies nothing.
+        keys = self.keys[layer_id, : math.ceil(end / KEY_BLOCK)]
         queries = (xq / math.sqrt(head_dim)).to(keys.dtype).unflatten(1, (keys.shape[1], -1))
         queries = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (n_kv_heads, -1, head_dim)
         scores = (queries @ keys).permute(1, 2, 0, 3).flatten(2)[..., :end]

@@ -163,9 +163,7 @@ class Chat:
                 f"this message, with what always precedes it, is {length} tokens long and the "
                 f"context {self.limit}: shorten it, or set `max_seq_len` above {length}"
             )
-        self.context.uniforms = torch.rand(
-            self.sampling.max_gen_len, generator=self.generator, dtype=torch.float64
-        )
+        self.context.uniforms = self.sampling.uniforms(self.generator)
         self.last_message, self.last_turn_start = message, len(self.context.tokens)
         self.message_starts.append(self.last_turn_start + n_before)
         self.context.tokens += ids

@@ -22,6 +22,7 @@ from .generation import LLaMA
 from .system import available_cpus, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "model" / "demo"
 ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
 
@@ -193,7 +194,7 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     else:
         folder = next((f for f in (Path("model"), ROOT / "model") if find_files(f)), None)
         if folder is None:
-            folder = ROOT / "model" / "demo"
+            folder = DEMO
             print(f"no weights in ./model: running the demo model, {folder}", file=sys.stderr)
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
@@ -243,4 +244,4 @@ def report_timings(llama: LLaMA, load_seconds: float) -> None:
 
 
 def is_demo(folder: Path) -> bool:
-    return folder.resolve() == (ROOT / "model" / "demo").resolve()
+    return folder.resolve() == DEMO

@@ -165,18 +165,18 @@ class LLaMA:
     ) -> Context:
         """A sequence of these tokens, with a cache large enough for prompt and continuation."""
         length = min(len(tokens) + sampling.max_gen_len, self.model.args.max_seq_len)
-        uniforms = torch.rand(sampling.max_gen_len, generator=generator, dtype=torch.float64)
-        lookup = PromptLookup(sampling.prompt_lookup)
-        return Context([*tokens], self.model.new_cache(length), lookup, uniforms)
+        cache, lookup = self.model.new_cache(length), PromptLookup(sampling.prompt_lookup)
+        return Context([*tokens], cache, lookup, sampling.uniforms(generator))
 
     def extend(self, contexts: Sequence[Context], sampling: Sampling) -> Iterator[list[int]]:
         """Append new tokens to the contexts, and yield them after each forward pass.
 
-        A context ends at an end-of-sequence token, which is not appended, after as
-        many tokens as it has `uniforms`, or when it is max_seq_len tokens long.
+        A context ends at an end-of-sequence token, which is not appended, after as many tokens as
+        it has `uniforms`, or when it is max_seq_len tokens long.
         """
         timings, limit = self.timings, self.model.args.max_seq_len
         begin = time.perf_counter()
+        contexts = [context for context in contexts if len(context.uniforms)]
         for context in contexts:
             context.n_cached = min(context.n_cached, len(context.tokens) - 1)
         n_prompt = sum(len(context.tokens) - context.n_cached for context in contexts)

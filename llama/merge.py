@@ -96,9 +96,8 @@ def write_merged(
     target = output_dir / "merged.pth"
     needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
     with ExitStack() as stack:
-        partial = stack.enter_context(
-            atomic_write(target, overwrite)
-        )  # entered first, renamed last
+        # Entered first, renamed last.
+        partial = stack.enter_context(atomic_write(target, overwrite))
         for name, content in source.files.items():
             path = output_dir / name
             if not (path.is_file() and path.read_bytes() == content):

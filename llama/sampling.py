@@ -54,6 +54,10 @@ class Sampling:
         generator.seed() if self.seed is None else generator.manual_seed(self.seed)
         return generator
 
+    def uniforms(self, generator: torch.Generator) -> Tensor:
+        """A random number from 0 to 1 for each of max_gen_len tokens, fp64."""
+        return torch.rand(self.max_gen_len, generator=generator, dtype=torch.float64)
+
 
 def sample(
     logits: Tensor, sequences: Iterable[Sequence[int]], uniforms: Tensor, sampling: Sampling

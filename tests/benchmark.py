@@ -202,25 +202,18 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         "fp32 oneDNN": lambda x: linear.onednn_linear(x, weight),
         "fp32 transposed": linear.TransposedLinear(weight),
         "bf16 F.linear": lambda x: torch.nn.functional.linear(x.bfloat16(), bf16),
-        "bf16 blocks to fp32": lambda x: linear.linear_by_blocks(
-            x, (bf16[r].float() for r in linear.row_blocks(*bf16.shape))
-        ),
+        "bf16 blocks to fp32": lambda x: linear.linear_by_blocks(x, linear.fp32_blocks(bf16)),
         "int8 _weight_int8pack_mm": lambda x: linear.int8pack_linear(x.bfloat16(), raw, scales),
-        "int8 blocks to fp32": lambda x: linear.linear_by_blocks(
-            x, (raw[r].float() for r in linear.row_blocks(*raw.shape))
-        ),
+        "int8 blocks to fp32": lambda x: linear.linear_by_blocks(x, linear.fp32_blocks(raw)),
     }
     if linear.has_onednn(torch.bfloat16):
         packed = linear.onednn_pack(bf16)
         kernels["bf16 oneDNN, packed"] = lambda x: linear.onednn_linear(x.bfloat16(), packed)
     if linear.has_vnni():
         packed8 = linear.int8_pack(raw)
-
-        def onednn_int8(x: Tensor) -> Tensor:
-            q, scale = round_activations(x)
-            return linear.int8_linear(q, 1.0, packed8, int8.scales).mul_(scale)
-
-        kernels["int8 oneDNN, int8 activations"] = onednn_int8
+        kernels["int8 oneDNN, int8 activations"] = lambda x: linear.int8_linear(
+            *round_activations(x), packed8, int8.scales
+        )
     int4.prepare()
     if int4.interleaving:
         kernels["int4 _weight_int4pack_mm"] = lambda x: linear.int4_linear(

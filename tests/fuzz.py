@@ -1,6 +1,6 @@
 """Random bad input: each run works or raises UserError, which is printed as one line.
 
-Not among the tests: FUZZ_SECONDS=600 python -m pytest -n 0 -s tests/fuzz.py takes as long as it says
+Not a test. FUZZ_SECONDS=600 python -m pytest -n 0 -s tests/fuzz.py takes as long as it says
 and prints how many inputs were tried.
 """
 
