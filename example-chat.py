@@ -28,7 +28,7 @@ def main(
     top_p: float = 0.95,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
-    prompt_lookup: int = 8,
+    prompt_lookup: int = 16,
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -113,7 +113,7 @@ def answer(chat: llama.Chat, message: str) -> None:
     interactive = cli.from_rank0(terminal.is_interactive)
     try:
         with closing(chat.reply(message)) as pieces:
-            terminal.print_reply(pieces)
+            terminal.print_pieces(pieces)
     except llama.UserError as error:
         if not interactive:
             raise
@@ -124,7 +124,7 @@ def answer(chat: llama.Chat, message: str) -> None:
             raise
         print(" ^C", end="")
     print(flush=True)
-    terminal.notice(cli.params_to_flags(chat.status()))
+    terminal.notice(cli.params_to_flags(chat.status()) + cli.contention())
 
 
 if __name__ == "__main__":

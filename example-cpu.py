@@ -4,7 +4,7 @@ import time
 from typing import Literal
 
 import llama
-from llama import cli
+from llama import cli, terminal
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
@@ -21,7 +21,7 @@ def main(
     top_p: float = 0.95,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
-    prompt_lookup: int = 8,
+    prompt_lookup: int = 16,
     max_seq_len: int = 512,
     max_gen_len: int = 256,
     max_batch_size: int = 32,
@@ -81,8 +81,7 @@ def main(
     else:
         continued = [[text] for text in model.generate(texts, **vars(sampling))]
     for pieces in continued:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        terminal.print_pieces(pieces)
         print(f"\n\n{'=' * 34}\n", flush=True)
     cli.report_timings(model, load_seconds)
 

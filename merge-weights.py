@@ -1,10 +1,9 @@
 """Make one file of a LLaMA checkpoint: Meta's shards, or a Hugging Face folder."""
 
-import sys
 from pathlib import Path
 from typing import Literal
 
-from llama import cli
+from llama import cli, terminal
 from llama.merge import open_source, write_merged
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
@@ -42,9 +41,9 @@ def main(
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     merged = write_merged(source, target, dtype and getattr(torch, dtype), quantize, overwrite)
     if (target / "params.json").exists():
-        print(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}", file=sys.stderr)
+        terminal.notice(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}")
     else:
-        print(f"wrote {merged}. Move it to its params.json, {folder}, to run it", file=sys.stderr)
+        terminal.notice(f"wrote {merged}. Move it to its params.json, {folder}, to run it")
 
 
 if __name__ == "__main__":

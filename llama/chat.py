@@ -113,7 +113,13 @@ class Chat:
         )
         self.message_starts: list[int] = []  # where each turn's message begins in the context
         self.last_message, self.last_turn_start = "", 0
-        self.n_new, self.n_evicted, self.is_cut = 0, 0, False  # of the last reply: tokens, turns
+        self.begin_reply()
+
+    def begin_reply(self) -> None:
+        """Reset what `status` reports of a reply."""
+        self.llama.timings = Timings()
+        self.n_new, self.is_cut = 0, False  # tokens; whether max_gen_len ended it
+        self.n_evicted, self.is_halved = 0, False  # turns; whether its own turn was evicted in part
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
@@ -122,8 +128,7 @@ class Chat:
             UserError: The message is longer than the context. The conversation stays as it is.
         """
         message = message.strip()
-        self.llama.timings = Timings()
-        self.n_new, self.n_evicted, self.is_cut = 0, 0, False
+        self.begin_reply()
         self.begin_turn(message)
         text, shown = message if self.style.separator is None else "", ""
         try:
@@ -210,7 +215,10 @@ class Chat:
         context, start, n_cached = self.context, self.message_starts[0], self.context.n_cached
         middle = start + (len(context.tokens) - start + 1) // 2
         end = self.message_starts[1] if len(self.message_starts) > 1 else middle
-        self.n_evicted += len(self.message_starts) > 1
+        if len(self.message_starts) > 1:
+            self.n_evicted += 1
+        else:
+            self.is_halved = True
         context.n_cached = min(start, n_cached)  # first, so that Ctrl-C leaves a valid state
         del context.tokens[start:end]
         context.lookup.reset()
@@ -241,6 +249,8 @@ class Chat:
         if self.n_evicted:
             turns = "turn was" if self.n_evicted == 1 else f"{self.n_evicted} turns were"
             parts.append(f"the oldest {turns} forgotten")
+        if self.is_halved:
+            parts.append("the beginning of this turn was forgotten")
         return ", ".join(parts)
 
 

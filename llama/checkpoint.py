@@ -15,13 +15,12 @@ from .generation import LLaMA
 from .linear import fast_linear
 from .model import ModelArgs, Transformer
 from .params import LARGEST, read_params, to_model_args
-from .system import available_memory
+from .system import WORKING_MEMORY, available_memory
 from .tokenizer import Tokenizer
 from .weights import FORMAT, Weight, open_checkpoint, quantization_of
 
 VERSION = 3  # of the format of quantized checkpoints
 SCHEMES = ("int8", "int4")
-WORKING_MEMORY = 3 * 10**8  # bytes for activations and PyTorch itself
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -40,17 +39,20 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     argument: The name of the one that gives the folder, for errors.
     """
     remedy = f"set `{argument}` to the directory of the weights"
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a directory: {remedy}")
+    if not folder.exists():
         siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
         names = (path.name for path in siblings if find_files(path))
         found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
         found = f" (found: {', '.join(found)})" if found else ""
         raise UserError(f"there is no directory {folder}{found}: {remedy}")
-    if not paths and (folder / "config.json").exists():
-        remedy = (
-            f"convert it first: python merge-weights.py --input_dir {folder} --output_dir model"
-        )
     if not paths:
+        if (folder / "config.json").exists():
+            command = f"python merge-weights.py --input_dir {folder} --output_dir model"
+            remedy = f"convert it first: {command}"
+        elif [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+            remedy = "to convert its weights, download config.json and tokenizer.model too"
         raise UserError(f"{folder} has no consolidated.*.pth and no merged.pth: {remedy}")
     for number, path in enumerate(paths):
         if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
@@ -130,34 +132,27 @@ def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | No
     free, default, stored = available_memory(), torch.get_default_dtype(), quantization_of(weights)
 
     def need(dtype: torch.dtype, scheme: str | None, length: int) -> int:
+        torch.set_default_dtype(dtype)
         model = empty_model(replace(args, max_seq_len=1), scheme or stored)
-        sizes = [
-            t.numel() * (dtype if t.dtype == default else t.dtype).itemsize
-            for t in model.state_dict().values()
-        ]
-        # The cache of one sequence: how many prompts will come is not known.
-        per_token = 2 * args.n_layers * model.args.n_kv_heads * args.head_dim
-        cache_dtype = dtype if model.cache_dtype == default else model.cache_dtype
-        # Quantizing holds one matrix as it is in the file, before the cache exists.
-        sizes_in_file = (w.shape.numel() * w.dtype.itemsize for w in weights.values())
-        largest = max(sizes_in_file) if scheme else 0
-        return sum(sizes) + max(per_token * length * cache_dtype.itemsize, largest) + WORKING_MEMORY
+        torch.set_default_dtype(default)
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        # Quantizing holds one matrix as it is in the file, before there is a cache.
+        largest = max(w.shape.numel() * w.dtype.itemsize for w in weights.values())
+        return size + max(model.cache_bytes(length), largest if scheme else 0) + WORKING_MEMORY
 
     needed = need(default, quantize, args.max_seq_len)
     if needed <= free:
         return
     smaller = {
-        "`dtype=bfloat16`": (torch.bfloat16, quantize, args.max_seq_len),
-        "`quantize=int8`": (default, "int8", args.max_seq_len),
-        "`quantize=int4`": (default, "int4", args.max_seq_len),
+        "`dtype=bfloat16`": (torch.bfloat16, quantize),
+        "`quantize=int8`": (default, "int8"),
+        "`quantize=int4`": (default, "int4"),
     }
+    choices = {} if stored else smaller
+    fits = [name for name, c in choices.items() if need(*c, args.max_seq_len) <= free]
     lengths = [args.max_seq_len >> n for n in range(1, args.max_seq_len.bit_length() - 5)]
-    shorter = {f"`max_seq_len={n}`": (default, quantize, n) for n in lengths}
-
-    def fitting(choices: dict[str, tuple]) -> list[str]:
-        return [name for name, choice in choices.items() if need(*choice) <= free]
-
-    fits = ([] if stored else fitting(smaller)) + fitting(shorter)[:1]
+    fitting = (n for n in lengths if need(default, quantize, n) <= free)
+    fits += [f"`max_seq_len={n}`" for n in fitting][:1]
     remedy = "use " + " or ".join(fits) if fits else "close programs, or use a smaller model"
     raise UserError(
         f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 
+import psutil
 import torch
 
 from . import __version__
 from .checkpoint import find_files
 from .errors import UserError, check, one_line
 from .generation import LLaMA
-from .system import available_cpus, peak_memory
+from .system import available_cpus, busy_cores, peak_memory
+from .terminal import notice
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
@@ -38,9 +40,7 @@ def run(main: Callable[..., None]) -> None:
         if getattr(sys, name) is None:  # closed: its number must not go to a file
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
-    warnings.showwarning = lambda message, *_: print(
-        f"warning: {params_to_flags(str(message))}", file=sys.stderr
-    )
+    warnings.showwarning = lambda message, *_: notice(f"warning: {params_to_flags(str(message))}")
     try:
         args, flags = Parser(main).parse(sys.argv[1:])
         with distributed():
@@ -155,9 +155,9 @@ class Parser(argparse.ArgumentParser):
         for arg in flags:
             flag = arg.partition("=")[0]
             if re.match("--?[a-zA-Z]", arg) and flag not in known and " " not in flag:
-                close = difflib.get_close_matches(flag, known, 1, 0.5)
+                close = difflib.get_close_matches(flag, known, 1, 0.7)
                 hint = f": did you mean {close[0]}?" if close else ""
-                print(f"there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
+                print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
                 sys.exit(2)
         namespace, other = self.parse_known_intermixed_args(flags)
         options = vars(namespace)
@@ -178,7 +178,9 @@ def normalize_choice(text: str) -> str:
 
 def set_threads(threads: int | None, folder: Path) -> None:
     """Use `threads` threads, or one for a small model, or as many as this process has cores."""
-    check(threads is None or threads > 0, "threads", "1 or more", threads)
+    cores = psutil.cpu_count()
+    check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores}", threads)
+    busy_cores()  # from here on, see `contention`
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
     limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
     torch.set_num_threads(threads or (1 if is_small else min(torch.get_num_threads(), limit)))
@@ -195,7 +197,7 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
         folder = next((f for f in (Path("model"), ROOT / "model") if find_files(f)), None)
         if folder is None:
             folder = DEMO
-            print(f"no weights in ./model: running the demo model, {folder}", file=sys.stderr)
+            notice(f"no weights in ./model: running the demo model, {folder}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 
@@ -233,14 +235,24 @@ def clean(text: str) -> str:
 
 def report(llama: LLaMA) -> None:
     """Print a line about the model and the threads to stderr, for --verbose."""
-    print(f"{llama!r}, {torch.get_num_threads()} threads", file=sys.stderr)
+    n_threads = torch.get_num_threads()
+    notice(f"{llama!r}, {n_threads} {'thread' if n_threads == 1 else 'threads'}")
 
 
 def report_timings(llama: LLaMA, load_seconds: float) -> None:
     """Print a line about speed and memory to stderr."""
     peak = peak_memory() / 1e9
     text = f"loaded in {load_seconds:.1f} s, {llama.timings}, peak memory {peak:.2f} GB"
-    print(text, file=sys.stderr)
+    notice(text + contention())
+
+
+def contention() -> str:
+    """Says that other programs took cores from this one, if they did since the last call."""
+    busy, cores, n_threads = busy_cores(), psutil.cpu_count(), torch.get_num_threads()
+    if n_threads == 1 or busy + n_threads < cores + 0.5 or torch.distributed.is_initialized():
+        return ""
+    better = max(round(cores - busy), 1)
+    return f", other programs use {busy:.1f} of {cores} cores: --threads {better} may be faster"
 
 
 def is_demo(folder: Path) -> bool:

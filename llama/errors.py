@@ -23,6 +23,8 @@ def check_file(path: Path) -> None:
     Opening a FIFO would block, and a git-lfs pointer only names the contents.
     """
     if not path.is_file():
+        if path.is_dir():
+            raise UserError(f"{path} is a directory: name a file")
         kind = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"{path} {kind}")
     with path.open("rb") as file:

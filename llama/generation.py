@@ -16,6 +16,7 @@ from .errors import UserError, check
 from .lookup import PromptLookup
 from .model import Transformer
 from .sampling import Sampling, sample
+from .system import WORKING_MEMORY, available_memory
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # in one forward pass: enough for full speed, few enough for small activations
@@ -97,7 +98,7 @@ class LLaMA:
         """Continue one or several prompts.
 
         Args:
-            prompts: Texts. They run in batches of max_batch_size.
+            prompts: Texts. They run in batches of max_batch_size, or of as many as fit in memory.
             max_gen_len, temperature, top_p, options: See `llama.Sampling`.
         Returns:
             Each prompt with its continuation.
@@ -109,8 +110,10 @@ class LLaMA:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sequences = [self.encode(prompt) for prompt in prompts]
         self.timings = Timings()
-        generator, batch_size = sampling.generator(), self.model.args.max_batch_size
-        texts = []
+        args, generator, texts = self.model.args, sampling.generator(), []
+        longest = min(max(map(len, sequences), default=1) + max_gen_len, args.max_seq_len)
+        n_fitting = (available_memory() - WORKING_MEMORY) // self.model.cache_bytes(longest)
+        batch_size = max(min(args.max_batch_size, n_fitting), 1)
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
             contexts = [self.new_context(tokens, sampling, generator) for tokens in batch]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 NGRAMS = (3, 2)  # numbers of last tokens that are looked up in the context
-PAUSE = 8  # passes without a draft after one that was wrong from its first token on
+FIRST_LENGTH = 4  # of a draft
+MAX_FAILURES = 5  # that are counted: 2**5 - 2 passes without a draft
 
 
 class PromptLookup:
@@ -17,7 +18,8 @@ class PromptLookup:
     """
 
     def __init__(self, limit: int):
-        self.limit, self.length, self.pause = limit, limit, 0
+        self.limit, self.length = limit, min(FIRST_LENGTH, limit)
+        self.n_failures = self.pause = 0
         self.reset()
 
     def reset(self) -> None:
@@ -41,8 +43,13 @@ class PromptLookup:
         return list(tokens[start : start + self.length])
 
     def adapt(self, n_drafted: int, n_accepted: int) -> None:
-        """Double the length after a draft that was right; otherwise use the number accepted."""
+        """Double the length after a draft that was right; otherwise use the number accepted.
+
+        After several drafts in a row that were wrong from their first token on, the next 2, 6, 14
+        or 30 passes have none.
+        """
         if n_drafted:
             length = 2 * self.length if n_accepted == n_drafted else n_accepted
             self.length = min(max(length, 2), self.limit)
-            self.pause = 0 if n_accepted else PAUSE
+            self.n_failures = 0 if n_accepted else min(self.n_failures + 1, MAX_FAILURES)
+            self.pause = max(2**self.n_failures - 2, 0)

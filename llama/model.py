@@ -171,6 +171,12 @@ class Transformer(nn.Module):
         args = self.args
         return KVCache(args.n_layers, args.n_kv_heads, args.head_dim, length, self.cache_dtype)
 
+    def cache_bytes(self, length: int) -> int:
+        """Memory of a cache for `length` positions, in bytes."""
+        with torch.device("meta"):
+            cache = self.new_cache(length)
+        return cache.keys.nbytes + cache.values.nbytes
+
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         """Logits of the last position of each sequence.

@@ -32,7 +32,7 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
-    prompt_lookup: int = 8
+    prompt_lookup: int = 16
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(Sampling).items():

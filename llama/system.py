@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path("/")
+PROCESS = psutil.Process()
+WORKING_MEMORY = 3 * 10**8  # bytes for activations and PyTorch itself
 
 
 def read_number(path: Path, name: str = "") -> int | None:
@@ -35,9 +37,9 @@ def available_memory(root: Path = ROOT) -> int:
     """Bytes left to this process: the least of the machine's, the container's and `ulimit -v`'s."""
     left = [psutil.virtual_memory().available]
     if sys.platform == "linux":
-        limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)
+        limit, _ = PROCESS.rlimit(psutil.RLIMIT_AS)
         if limit != psutil.RLIM_INFINITY:
-            left.append(limit - psutil.Process().memory_info().vms)
+            left.append(limit - PROCESS.memory_info().vms)
     for folder in cgroup_folders("memory", root):
         for limit, used in (("max", "anon"), ("limit_in_bytes", "total_rss")):
             if n_bytes := read_number(folder / f"memory.{limit}"):
@@ -48,7 +50,7 @@ def available_memory(root: Path = ROOT) -> int:
 def peak_memory() -> int:
     """Bytes of memory that this process has held at most."""
     if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
+        return PROCESS.memory_info().peak_wset
     if sys.platform == "linux":
         return read_number(Path("/proc/self/status"), "VmHWM") or 0
     import resource
@@ -69,3 +71,9 @@ def available_cpus(root: Path = ROOT) -> int:
         if quota and period:
             cores = min(cores, math.ceil(quota / period))
     return cores
+
+
+def busy_cores() -> float:
+    """Cores that other programs have used, on average since the last call. The first is no use."""
+    times = psutil.cpu_times_percent()  # of all cores together
+    return ((times.user + times.system) * psutil.cpu_count() - PROCESS.cpu_percent()) / 100

@@ -1,10 +1,11 @@
-"""The terminal side of the chat: messages with editing and history, wrapped replies, notices."""
+"""What a terminal needs: messages with editing and history, text wrapped at words, notices."""
 
 import contextlib
 import json
 import os
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -89,8 +90,8 @@ def history_path() -> Path:
     return Path(state) / "llama-cpu" / "history.jsonl"
 
 
-def print_reply(pieces: Iterable[str]) -> None:
-    """Print a reply as it comes, in a terminal wrapped at words."""
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Print a text as it comes, in a terminal wrapped at words."""
     if not is_interactive():
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -135,6 +136,10 @@ def without_echo() -> Iterator[None]:
 
 
 def notice(text: str) -> None:
-    """Print a line that is not the model's to stderr, dimmed where that is possible."""
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+    """Print a text that is not the model's to stderr, in a terminal dimmed and wrapped at words."""
+    if sys.stderr.isatty():
+        options = {"break_on_hyphens": False, "break_long_words": False}
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(textwrap.fill(line, columns, **options) for line in text.splitlines())
+        text = text if os.environ.get("NO_COLOR") else f"\033[2m{text}\033[0m"
+    print(text, file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import llama
-from llama import linear
+from llama import Sampling, linear
 from llama.checkpoint import VERSION, empty_model, find_files
 from llama.merge import write_state
 from llama.system import peak_memory
@@ -338,7 +338,8 @@ def lookup(gguf: str, data: str, dtypes: tuple[str, ...] = DTYPES, rounds: int =
                 run = functools.partial(generate_by_llama, llama.LLaMA(own, model))
         for task, prompts in tasks.items():
             temperature = 0.8 if task == "stories" else 0.0
-            rates, per_pass = {0: [], 8: []}, 0.0
+            n_drafted = 8 if dtype.startswith("transformers") else Sampling.prompt_lookup
+            rates, per_pass = {0: [], n_drafted: []}, 0.0
             for _ in range(rounds):
                 for n, values in rates.items():
                     found = [run(prompt, temperature, n) for prompt in prompts]
