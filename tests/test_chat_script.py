@@ -11,7 +11,7 @@ pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 
 EMOJI = "héllo 🙂 ça va?"
-STATUS = r"\d+ tokens?, \d+\.\d tokens/s, context (\d+)/\d+"
+STATUS = r"\d+ tokens?,\s+\d+\.\d\s+tokens/s,\s+context\s+(\d+)/\d+"
 PROMPT = "prompt> "
 ENV = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"TERM": "xterm"}
 LINE = r"\n(?:\x1b\[\?2004l)?\r?"  # a new line, after readline's end of bracketed paste
