@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import llama
 from llama import Sampling
-from llama.cli import parse
+from llama.cli import Parser
 from llama.merge import open_source, write_merged
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
@@ -224,7 +224,7 @@ def test_any_command_line_is_understood_or_refused(attempt, capsys):
     @given(st.lists(words, max_size=6))
     def trial(argv):
         try:
-            attempt(parse, main, argv)
+            attempt(Parser(main).parse, argv)
         except SystemExit as end:
             assert end.code in (0, 2)
 
