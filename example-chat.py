@@ -52,14 +52,14 @@ def main(
         quantize: Round the weights: int8 takes a quarter of float32's memory, int4 a sixth.
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability.
-        top_k: Draw from this many most probable tokens at most.
+        top_k: Draw only from the TOP_K most probable tokens.
         repetition_penalty: Above 1, tokens that already occurred become less probable.
         seed: The same seed gives the same text on the same machine.
         max_gen_len: Longest reply, in tokens. Default: half of the context.
         max_seq_len: Context, in tokens. When it is full, the oldest turns are forgotten.
-        prompt_lookup: Most tokens to draft from the context for a pass; faster where text repeats
-            itself; 0 turns it off.
-        threads: Default: the cores of this process; 1 for a small model.
+        prompt_lookup: Maximum number of tokens to draft from the context for a forward pass: faster
+            where text repeats itself. 0 turns it off.
+        threads: Default: one for each core of this process; 1 for models below 16 MB.
         verbose: Report the model's size and the number of threads.
 
     Examples:
@@ -103,13 +103,13 @@ def converse(chat: llama.Chat) -> None:
             else:
                 terminal.notice("there is no reply yet")
         elif message.startswith("/"):
-            terminal.notice(f"there is no command {message.split()[0]}: /help lists them")
+            terminal.notice(f"there is no command {message!r:.60}: /help lists them")
         elif message.strip():
             answer(chat, message)
 
 
 def answer(chat: llama.Chat, message: str) -> None:
-    """Print the reply to a message. In a terminal, Ctrl-C stops it and the talk goes on."""
+    """Print the reply to a message. In a terminal, Ctrl-C stops it and the conversation goes on."""
     interactive = cli.from_rank0(terminal.is_interactive)
     try:
         with closing(chat.reply(message)) as pieces:

@@ -45,15 +45,15 @@ def main(
         quantize: Round the weights: int8 takes a quarter of float32's memory, int4 a sixth.
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability.
-        top_k: Draw from this many most probable tokens at most.
+        top_k: Draw only from the TOP_K most probable tokens.
         repetition_penalty: Above 1, tokens that already occurred become less probable.
         seed: The same seed gives the same text on the same machine.
         max_gen_len: Longest continuation, in tokens.
         max_seq_len: Context, in tokens: prompt and continuation together.
-        max_batch_size: Prompts that are computed at the same time.
-        prompt_lookup: Most tokens to draft from the context for a pass; faster where text repeats
-            itself; 0 turns it off.
-        threads: Default: the cores of this process; 1 for a small model.
+        max_batch_size: Maximum number of prompts in a batch.
+        prompt_lookup: Maximum number of tokens to draft from the context for a forward pass: faster
+            where text repeats itself. 0 turns it off.
+        threads: Default: one for each core of this process; 1 for models below 16 MB.
         verbose: Report the model's size and the number of threads.
 
     Examples:

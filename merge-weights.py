@@ -27,7 +27,7 @@ def main(
         input_dir: Where the weights, or folders of weights, are.
         output_dir: Where merged.pth is written.
         dtype: Convert the weights. Default: keep their dtype.
-        quantize: Round the weights, so that loading reads a half or a quarter of the bytes.
+        quantize: Round the weights: int8 halves fp16's file, int4 makes it a third.
         overwrite: Replace files that exist.
 
     Examples:
@@ -37,13 +37,13 @@ def main(
     """
     folder, target = Path(input_dir, model_size or ""), Path(output_dir)
     tokenizer = cli.find_tokenizer(folder) if quantize else None
-    # Meta's params.json goes along, but not into the current directory.
+    # Meta's params.json goes along, but not into the repository, the default of output_dir.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     merged = write_merged(source, target, dtype and getattr(torch, dtype), quantize, overwrite)
     if (target / "params.json").exists():
         terminal.notice(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}")
     else:
-        terminal.notice(f"wrote {merged}. Move it to its params.json, {folder}, to run it")
+        terminal.notice(f"wrote {merged}. To run it, put its params.json beside it")
 
 
 if __name__ == "__main__":

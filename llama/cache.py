@@ -1,6 +1,7 @@
 """The key-value cache of one sequence, and attention to it.
 
-For one token, q K^T and p V are weighted sums of rows: of K^T by q, and of V by p.
+For one token, with p = softmax(q K^T / sqrt(head_dim)), q K^T and p V are weighted sums of rows: of
+K^T by q, and of V by p.
 `torch.embedding_bag` computes them at memory bandwidth; matmul and scaled_dot_product_attention
 take 2 to 10 times as long on AMD Zen 5 (512 and 2,000 positions), 1.4 times on an Intel Xeon.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 KEY_BLOCK = 64  # positions in a block of keys
 QUERY_CHUNK = 64  # tokens whose scores are computed at once: measured fastest
-MAX_SCORES = 2**23  # and their scores: bounds the memory at long contexts
+MAX_SCORES = 2**23  # that are computed at once: bounds the memory at long contexts
 
 
 class KVCache:
@@ -78,7 +79,7 @@ class KVCache:
     def attend_many(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
         """Attention of several tokens, by matrix products."""
         n_tokens, _, head_dim = xq.shape
-        # Whole blocks are contiguous: matmul copies nothing.
+        # Whole blocks are contiguous: matmul does not copy them.
         keys = self.keys[layer_id, : math.ceil(end / KEY_BLOCK)]
         queries = (xq / math.sqrt(head_dim)).to(keys.dtype).unflatten(1, (keys.shape[1], -1))
         queries = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (n_kv_heads, -1, head_dim)
@@ -91,9 +92,9 @@ class KVCache:
         return output.flatten(1, 2).type_as(xq)
 
     def row_indices(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
-        """The rows of a layer's keys (by head and block) and values (by head) that are summed.
+        """Indices into a layer's keys and values, for `weighted_sums`. All layers share them.
 
-        All layers and both calls for a token share them.
+        int32 (n_heads * number of blocks, head_dim), and (n_heads, end).
         """
         _, n_blocks, n_kv_heads, head_dim, _ = self.keys.shape
         if self.indices_end != end:
@@ -107,13 +108,21 @@ class KVCache:
 
 
 def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """For each row of indices (n_sums, n): the sum of these rows of the table, times weights."""
+    """Sum over j of weights[i, j] * table[indices[i, j]], for each i.
+
+    Args:
+        table: Rows, (..., n_columns).
+        indices: Of rows, int32 (n_sums, n).
+        weights: n_sums * n elements of any shape.
+    Returns:
+        (n_sums, n_columns).
+    """
     table = table.view(-1, table.shape[-1])
     offsets = bag_offsets(*indices.shape)
     arguments = {"mode": 0, "per_sample_weights": weights.flatten()}  # mode 0: sum
     return torch.embedding_bag(table, indices.flatten(), offsets, **arguments)[0]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=32)  # F.embedding_bag makes them anew: 4 % of a token
 def bag_offsets(n_bags: int, length: int) -> Tensor:
     return torch.arange(0, n_bags * length, length, dtype=torch.int32)

@@ -119,7 +119,7 @@ class Chat:
         """Reset what `status` reports of a reply."""
         self.llama.timings = Timings()
         self.n_new, self.is_cut = 0, False  # tokens; whether max_gen_len ended it
-        self.n_evicted, self.is_halved = 0, False  # turns; whether its own turn was evicted in part
+        self.n_evicted, self.is_halved = 0, False  # turns; whether the start of its own was
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
@@ -176,7 +176,7 @@ class Chat:
             self.evict()
 
     def encode(self, template: str, message: str) -> list[int]:
-        """The ids of a template. What looks like a special token in the message is only text."""
+        """The ids of a filled-in template. Special tokens count in the template only."""
         tokenizer = self.llama.tokenizer
         special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id} | tokenizer.added_tokens
         ids: list[int] = []
@@ -243,7 +243,9 @@ class Chat:
         """The last reply's length and speed, how much of the context is used, and what was cut."""
         tokens = "1 token" if self.n_new == 1 else f"{self.n_new} tokens"
         used = f"context {len(self.context.tokens)}/{self.limit}"
-        parts = [tokens, f"{self.llama.timings.new_rate:.1f} tokens/s", used]
+        timings = self.llama.timings
+        rates = [f"{timings.new_rate:.1f} tokens/s"] if timings.new_passes else []
+        parts = [tokens, *rates, used]
         if self.is_cut:
             parts.append(f"stopped at `max_gen_len={self.sampling.max_gen_len}`")
         if self.n_evicted:
@@ -255,7 +257,7 @@ class Chat:
 
 
 def printable(text: str, stop: str) -> str:
-    """The text before the stop string, without a suffix that may begin one and without blanks."""
+    """The text before the stop string, without a suffix that may begin one, stripped."""
     reply, stopped, _ = text.partition(stop)
     held = () if stopped else (n for n in range(len(stop)) if reply.endswith(stop[:n]))
     return reply[: len(reply) - max(held, default=0)].strip()

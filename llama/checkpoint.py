@@ -1,5 +1,6 @@
 """Loading a checkpoint: find its files, check them, build the model with its final weights."""
 
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -42,8 +43,8 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a directory: {remedy}")
     if not folder.exists():
-        siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        names = (path.name for path in siblings if find_files(path))
+        siblings = folder.parent.iterdir() if os.access(folder.parent, os.R_OK | os.X_OK) else ()
+        names = (path.name for path in siblings if os.access(path, os.X_OK) and find_files(path))
         found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
         found = f" (found: {', '.join(found)})" if found else ""
         raise UserError(f"there is no directory {folder}{found}: {remedy}")
@@ -113,11 +114,12 @@ def empty_model(args: ModelArgs, scheme: str | None, whole: bool = False) -> Tra
 
     Under torchrun, the shapes are those of this rank's parts, unless `whole`.
     """
+    if scheme:
+        from .quantization.linear import swap_modules
+
     with torch.device("meta"):
         model = Transformer(args)
         if scheme:
-            from .quantization.linear import swap_modules
-
             swap_modules(model, scheme)
             model.cache_dtype = torch.float16  # half of fp32's, and precise beside int8
         if torch.distributed.is_initialized() and not whole:
@@ -175,7 +177,7 @@ def load(
         ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth.
         tokenizer_path: A sentencepiece model. Default: tokenizer.model in ckpt_dir.
         max_seq_len: Tokens of context, prompt and continuation together.
-        max_batch_size: Prompts that are computed at the same time.
+        max_batch_size: Maximum number of prompts in a batch.
         quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: as they are stored.
     Returns:
         The model, ready for `generate` and `stream`.
@@ -206,12 +208,7 @@ def load(
     model = build(args, weights, quantize, tokenizer)
     if mtimes != [path.stat().st_mtime_ns for path in paths]:
         raise UserError(f"a file in {folder} was written to while it was read: try again")
-    llama = LLaMA(model, tokenizer, params.get("chat_style", "dialog"))
-    if torch.distributed.is_initialized():
-        from .parallel import parallelize
-
-        parallelize(llama.model)
-    return llama
+    return LLaMA(model, tokenizer, params.get("chat_style", "dialog"))
 
 
 def open_tokenizer(path: str | Path, params: dict[str, Any]) -> Tokenizer:
@@ -258,10 +255,12 @@ def build(
                 model.set_submodule(path, fast_linear(state["weight"]))
             else:
                 module.load_state_dict(state, assign=True)
-        if torch.distributed.is_initialized() and not quantize:
-            from .parallel import split_corrections
+        if torch.distributed.is_initialized():
+            from .parallel import parallelize, split_corrections
 
-            split_corrections(model)
+            if not quantize:
+                split_corrections(model)
+            parallelize(model)
         for module in model.modules():
             if hasattr(module, "prepare"):
                 module.prepare()

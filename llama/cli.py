@@ -74,13 +74,13 @@ def distributed() -> typing.ContextManager[None]:
     return contextlib.nullcontext()
 
 
-def from_rank0(find: Callable, *args: object) -> typing.Any:
-    """The result of find(*args); under torchrun rank 0 calls it, and all ranks get the result."""
+def from_rank0(function: Callable, *args: object) -> typing.Any:
+    """function(*args); under torchrun only rank 0 calls it, and all ranks get the result."""
     if torch.distributed.is_initialized():
         from .parallel import broadcast_from_rank0
 
-        return broadcast_from_rank0(find, *args)
-    return find(*args)
+        return broadcast_from_rank0(function, *args)
+    return function(*args)
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -148,19 +148,15 @@ class Parser(argparse.ArgumentParser):
         if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
-        flags = [
-            re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv[:end]
-        ]
-        known = [name for action in self._actions for name in action.option_strings]
-        for arg in flags:
-            flag = arg.partition("=")[0]
-            if re.match("--?[a-zA-Z]", arg) and flag not in known and " " not in flag:
-                close = difflib.get_close_matches(flag, known, 1, 0.7)
-                hint = f": did you mean {close[0]}?" if close else ""
-                print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
-                sys.exit(2)
+        flag = re.compile(r"--[\w-]+(?==|$)")  # --max-gen-len is --max_gen_len
+        flags = [flag.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, 1) for a in argv[:end]]
         namespace, other = self.parse_known_intermixed_args(flags)
         options = vars(namespace)
+        for flag in (arg.partition("=")[0] for arg in other if arg.startswith("-")):
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
+            hint = f": did you mean {close[0]}?" if close else ""
+            print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
+            sys.exit(2)
         prompts = [*options.pop("prompts", other), *argv[end + 1 :]]
         if prompts and "PROMPT" not in self.usage:
             self.error(f"{prompts[0]!r} has no flag before it: --help lists the flags")
@@ -180,7 +176,7 @@ def set_threads(threads: int | None, folder: Path) -> None:
     """Use `threads` threads, or one for a small model, or as many as this process has cores."""
     cores = psutil.cpu_count()
     check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores}", threads)
-    busy_cores()  # from here on, see `contention`
+    busy_cores()  # the interval that `contention` reports begins here
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
     limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
     torch.set_num_threads(threads or (1 if is_small else min(torch.get_num_threads(), limit)))
@@ -224,7 +220,8 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
 def read_stdin() -> str:
     """The text on stdin, without a byte order mark and the last newline."""
     text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
-    check(bool(text), "-", "a prompt on stdin", text)
+    if not text:
+        raise UserError("stdin is empty, and - reads the prompt from it")
     return text
 
 

@@ -28,7 +28,8 @@ class Context:
 
     Attributes:
         uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. A token
-            always gets the same one, so batching and prompt lookup do not change the text.
+            always gets the same one, so batching and prompt lookup change the text only where they
+            change the rounding of a probability: not in fp32, often in int8 and int4.
     """
 
     tokens: list[int]
@@ -56,7 +57,8 @@ class Timings:
     def __str__(self) -> str:
         prompt_rate = self.prompt_tokens / max(self.prompt_seconds, 1e-9)
         per_pass = self.new_tokens / max(self.new_passes, 1)
-        text = f"prompt {prompt_rate:.1f} tokens/s, generated {self.new_rate:.1f} tokens/s"
+        text = f"prompt {prompt_rate:.1f} tokens/s"
+        text += f", generated {self.new_rate:.1f} tokens/s" if self.new_passes else ""
         return text + (f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else "")
 
 
@@ -114,6 +116,10 @@ class LLaMA:
         longest = min(max(map(len, sequences), default=1) + max_gen_len, args.max_seq_len)
         n_fitting = (available_memory() - WORKING_MEMORY) // self.model.cache_bytes(longest)
         batch_size = max(min(args.max_batch_size, n_fitting), 1)
+        if torch.distributed.is_initialized():  # all ranks run the same batches
+            smallest = torch.tensor(batch_size)
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+            batch_size = int(smallest)
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
             contexts = [self.new_context(tokens, sampling, generator) for tokens in batch]
@@ -200,7 +206,7 @@ class LLaMA:
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """Run all but the last PREFILL_TOKENS tokens that the caches lack, chunk by chunk."""
+        """Run chunks of PREFILL_TOKENS, until the caches lack no more than that for `step`."""
         rest = n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}

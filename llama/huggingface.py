@@ -46,7 +46,7 @@ FILES = (  # of weights: the first of these that a folder has
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 )
-CHAT_STYLES = {  # what the chat template of each of llama.STYLES contains
+CHAT_STYLES = {  # text in a chat template: the style that it shows; the first that matches
     "<|im_start|>": "chatml",
     "<|user|>": "zephyr",
     "<<SYS>>": "llama2",
@@ -135,10 +135,10 @@ def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).exists() else {}
 
-    added, ends, tokenizer = read("added_tokens.json"), [], read("tokenizer_config.json")
-    # If the field is malformed, added_tokens.json counts alone.
+    added, ends, tokenizer_config = read("added_tokens.json"), [], read("tokenizer_config.json")
+    # If added_tokens_decoder is malformed, only added_tokens.json counts.
     with suppress(AttributeError, KeyError, TypeError, ValueError):
-        decoder = tokenizer["added_tokens_decoder"]
+        decoder = tokenizer_config["added_tokens_decoder"]
         added |= {entry["content"]: int(token) for token, entry in decoder.items()}
     for fields in (config, read("generation_config.json")):
         value = fields.get("eos_token_id")
@@ -147,7 +147,7 @@ def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{folder}: eos_token_id or an added token is not a token id")
     # Ids beyond the embedding have no meaning: some Llama 2 folders list a <pad> there.
     ids = range(Tokenizer(folder / "tokenizer.model").n_words, config["vocab_size"])
-    template = tokenizer.get("chat_template")
+    template = tokenizer_config.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     text = json.dumps(template)  # of a text, or of a list of named templates

@@ -12,8 +12,10 @@ PyTorch or a CPU without it.
 | bf16    | others                | F.linear                | blocks converted to fp32      |
 | int8    | VNNI                  | oneDNN, int8 activations| the same                      |
 | int8    | others                | _weight_int8pack_mm     | blocks converted to fp32      |
-| int4    | VNNI                  | _weight_int4pack_mm     | blocks unpacked to int8       |
-| int4    | others                | _weight_int4pack_mm     | blocks unpacked to fp32       |
+| int4    | VNNI                  | _weight_int4pack_mm (*) | blocks unpacked to int8       |
+| int4    | others                | _weight_int4pack_mm (*) | blocks unpacked to fp32       |
+
+(*) up to 63 tokens, if out_features is a multiple of 64.
 
 `python tests/benchmark.py kernels` measures all of them on the CPU at hand.
 """
@@ -40,10 +42,12 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def onednn_pack(weight: Tensor) -> Tensor:
+    """An fp32 or bf16 matrix in the layout that is fastest for `onednn_linear`."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
 
 def int8_pack(weight: Tensor) -> Tensor:
+    """An int8 matrix (m, k) in the layout of `int8_linear`."""
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
@@ -206,9 +210,8 @@ class TransposedLinear(nn.Module):
         super().__init__()
         self.out_features, in_features = weight.shape
         blocks = weight.split(OUTPUT_BLOCK)
-        table = weight.new_zeros(
-            len(blocks), in_features, OUTPUT_BLOCK
-        )  # the last need not be full
+        # The last block need not be full.
+        table = weight.new_zeros(len(blocks), in_features, OUTPUT_BLOCK)
         for block, rows in zip(table, blocks):
             block[:, : len(rows)] = rows.t()
         self.register_buffer("table", table)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 NGRAMS = (3, 2)  # numbers of last tokens that are looked up in the context
 FIRST_LENGTH = 4  # of a draft
-MAX_FAILURES = 5  # that are counted: 2**5 - 2 passes without a draft
+MAX_FAILURES = 5  # drafting pauses for at most 2**5 - 2 passes
 
 
 class PromptLookup:
@@ -14,7 +14,7 @@ class PromptLookup:
     pass over a few tokens costs little more than over one, because both read all weights.
 
     Args:
-        limit: The most tokens of a draft. 0: no drafts.
+        limit: Maximum number of tokens of a draft. 0: no drafts.
     """
 
     def __init__(self, limit: int):

@@ -47,7 +47,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
     Args:
         folder: The directory of the weights.
         copy_files: Take Meta's params.json and tokenizer.model along.
-        tokenizer_path: Reads the calibration text. Default: tokenizer.model in folder.
+        tokenizer_path: The tokenizer for the calibration text. Default: tokenizer.model in folder.
     """
     paths = find_shards(folder) or find_files(folder)
     if not paths and (folder / "config.json").exists():
@@ -60,8 +60,8 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         params = read_params(params_path)
         tokenizer = open_tokenizer(path, params) if path.exists() else None
         args = model_args(params, weights, tokenizer, folder)
-    paths = [params_path, folder / "tokenizer.model"] if copy_files else []
-    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in paths if p.exists()})
+    extras = [params_path, folder / "tokenizer.model"] if copy_files else []
+    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras if p.exists()})
 
 
 def write_merged(
@@ -156,7 +156,7 @@ def converted(source: Source, dtype: torch.dtype | None) -> tuple[dict[str, Tens
 
 
 def quantized(source: Source, scheme: str) -> tuple[dict[str, Tensor], Produce]:
-    """The same for quantized weights."""
+    """Like `converted`, for weights that are quantized on the way."""
     from .quantization.calibration import calibrate, calibration_tokens
 
     model = empty_model(source.args, scheme)

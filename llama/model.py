@@ -1,4 +1,4 @@
-"""The LLaMA transformer (arXiv 2302.13971), in the order in which data meets it.
+"""The LLaMA transformer (arXiv 2302.13971), from its parts to the whole.
 
 Sequences of different lengths are not padded. Their tokens are concatenated into one (n_tokens,
 dim) tensor (a packed batch), which every matrix multiplies at once. Only attention splits it.
@@ -41,7 +41,10 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: 2/3 of 4 dim, rounded up to `multiple_of`."""
+        """Width of the feed-forward layer.
+
+        2/3 of 4 dim, times ffn_dim_multiplier, rounded up to a multiple of multiple_of.
+        """
         width = int(self.ffn_dim_multiplier * int(2 / 3 * 4 * self.dim))
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
@@ -146,7 +149,7 @@ class Transformer(nn.Module):
     """The model: token ids in, logits out.
 
     Args:
-        args: Its shape. Weights are allocated, not initialized: load a state dict of Meta's names.
+        args: Its shape. Load a state dict with Meta's names: the embedding is uninitialized memory.
 
     Attributes:
         caches: The key-value caches of the last call of `forward`.

@@ -59,10 +59,10 @@ def first_to_report() -> bool:
         return True
 
 
-def broadcast_from_rank0(find: Callable, *args: object) -> Any:
-    """The JSON value that find(*args) returns on rank 0, on every rank."""
+def broadcast_from_rank0(function: Callable, *args: object) -> Any:
+    """The JSON value that function(*args) returns on rank 0, on every rank."""
     is_first = dist.get_rank() == 0
-    content = json.dumps(find(*args)).encode() if is_first else b""
+    content = json.dumps(function(*args)).encode() if is_first else b""
     size = torch.tensor(len(content))
     dist.broadcast(size, 0)
     data = torch.tensor(list(content) if is_first else [0] * int(size), dtype=torch.uint8)
@@ -84,7 +84,7 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
         UserError: There are too many ranks, or quantized groups cannot be divided like that.
     """
     dim, spec = split_dim(name), WEIGHTS.get(f".{name}".split(".")[-2])
-    if dim is None or not spec.unit or dim >= len(shape):
+    if dim is None or not spec.unit:
         return None
     # Ranks get whole heads, whole outputs, and multiples of 64 hidden features (int4's groups).
     hidden = args.hidden_dim // min(args.hidden_dim & -args.hidden_dim, 64)
@@ -136,7 +136,7 @@ def shard_model(model: Transformer) -> None:
 def split_corrections(model: Transformer) -> None:
     """Adapt the corrections of row-parallel quantized layers (wo, w2) to this rank's inputs.
 
-    A rank i knows only its part of the input, U_i x_i and not U x. With
+    Rank i knows only its part of the input, U_i x_i and not U x. With
     C_i = C + Q_i U_i^T - sum over j of Q_j U_j^T, the ranks' results still add up to y = Q r + C u.
     """
     for path, layer in model.named_modules():
@@ -175,7 +175,7 @@ def add_all_reduces(model: Transformer) -> None:
 
 
 def all_gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Every rank's x, of so many columns, sent to each other rank directly.
+    """x of every rank, sent to each other rank directly. sizes: the number of columns of each.
 
     Measured for 8 KB between two processes: 94 us on AMD (gloo's all_gather 209, all_reduce 334),
     150 on Intel.

@@ -16,14 +16,14 @@ class Sampling:
     """How far a sequence is continued, and how its tokens are drawn.
 
     Args:
-        max_gen_len: Most tokens to generate.
+        max_gen_len: Maximum number of tokens to generate.
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
-        top_k: Draw from this many most probable tokens at most. None or 0: no limit.
+        top_k: Draw only from the top_k most probable tokens. None or 0: no limit.
         repetition_penalty: Above 1, tokens that the sequence has already become less probable.
         seed: The same seed draws the same tokens. None: different ones each time.
-        prompt_lookup: Most tokens to guess for one forward pass. 0: none. It changes the speed, not
-            the distribution of the text.
+        prompt_lookup: Maximum number of tokens to draft from the context for a forward pass. 0: no
+            drafts. It changes the speed, not the distribution of the text.
     """
 
     max_gen_len: int

@@ -85,6 +85,7 @@ class Tokenizer:
             elif sp.is_byte(token):
                 yield utf8.decode(bytes([int(sp.id_to_piece(token)[3:5], 16)]))  # <0x0A>
             else:
+                # decode() drops a space before the first piece: decode the token twice to keep it.
                 first = sp.decode([token])
                 piece = sp.decode([token, token])[len(first) :] if within else first
                 yield utf8.decode(b"", final=True) + piece
@@ -93,7 +94,7 @@ class Tokenizer:
 
 
 def split_at(special: Iterable[str], text: str) -> list[str]:
-    """The text in parts, of which every second one is a special token; the longest one counts."""
+    """Split a text at special tokens, of several at the longest. Parts 1, 3, 5, ... are the tokens."""
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     return re.split(f"({pattern})", text) if pattern else [text]
 

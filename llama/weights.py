@@ -25,23 +25,22 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 
 class WeightSpec(NamedTuple):
-    """How a weight of shape (out_features, in_features) is sharded and quantized."""
+    """How a weight of shape (out_features, in_features) is divided."""
 
     split_dim: int  # the dimension that Meta's shards divide
-    unit: str | None  # what our ranks divide in it. None: every rank has the whole weight
-    min_bits: int  # the fewest that quantization may leave
+    unit: str | None  # what ranks divide in it. None: every rank has the whole weight
 
 
-WEIGHTS = {  # norms are not here: they are whole in every shard, and never quantized
-    "tok_embeddings": WeightSpec(1, None, 8),
-    "wq": WeightSpec(0, "heads", 4),
-    "wk": WeightSpec(0, "heads", 4),
-    "wv": WeightSpec(0, "heads", 4),
-    "wo": WeightSpec(1, "heads", 4),
-    "w1": WeightSpec(0, "hidden", 4),
-    "w2": WeightSpec(1, "hidden", 4),
-    "w3": WeightSpec(0, "hidden", 4),
-    "output": WeightSpec(0, "vocab", 8),
+WEIGHTS = {  # norms are not here: they are whole in every shard
+    "tok_embeddings": WeightSpec(1, None),
+    "wq": WeightSpec(0, "heads"),
+    "wk": WeightSpec(0, "heads"),
+    "wv": WeightSpec(0, "heads"),
+    "wo": WeightSpec(1, "heads"),
+    "w1": WeightSpec(0, "hidden"),
+    "w2": WeightSpec(1, "hidden"),
+    "w3": WeightSpec(0, "hidden"),
+    "output": WeightSpec(0, "vocab"),
 }
 # For each tensor of a module: which of its dimensions are (out_features, in_features).
 DIMS = {
@@ -202,7 +201,7 @@ def is_different(x: Tensor, y: Tensor) -> bool:
     return bool((x.float() - y.float()).norm() > 0.1 * y.float().norm())
 
 
-def quantization_of(weights: Mapping[str, Weight | Tensor]) -> str | None:
+def quantization_of(weights: Mapping[str, Weight]) -> str | None:
     """The quantization scheme of a checkpoint's weights: int8, int4 or None."""
     if any(name.endswith(".groups") for name in weights):
         return "int4"

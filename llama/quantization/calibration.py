@@ -55,7 +55,7 @@ def check_finite(name: str, *tensors: Tensor) -> None:
 def calibrate(
     model: Transformer, weights: Mapping[str, Weight], tokens: Tensor, on_quantized: OnQuantized
 ) -> None:
-    """Fill the quantized layers of a model, in the order in which data meets them.
+    """Fill the quantized layers of a model, in the order of the forward pass.
 
     Args:
         model: On the meta device, with quantized layers.

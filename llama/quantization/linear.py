@@ -35,10 +35,9 @@ from ..linear import (
     row_blocks,
     unpack_int4,
 )
-from ..weights import WEIGHTS
-from .rounding import group_size, quantize_int4, row_scales
+from .rounding import int4_group_size, quantize_int4, row_scales
 
-ROUNDING = torch.tensor(128.5, device="cpu")  # the zero point, and a half: conversion truncates
+ROUNDING = torch.tensor(128.5)  # zero point 128, and 0.5: conversion to uint8 truncates
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
 
@@ -80,7 +79,7 @@ class QuantizedLinear(nn.Module):
     @torch.inference_mode()
     def prepare(self) -> None:
         """Bring the filled buffers into the form that this CPU multiplies fastest."""
-        self.directions = shared(self.directions.float())  # one token: 2 us in fp32, 20 in bf16
+        self.directions = shared(self.directions.float())  # U x of one token: fp32 2 us, bf16 20
         self.corrections = self.corrections.float()
         self.prepare_weight()
 
@@ -89,7 +88,7 @@ class QuantizedLinear(nn.Module):
         return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
 
 
-recent: deque[Tensor] = deque(maxlen=2)  # in the order of modules w2 comes between w1 and w3
+recent: deque[Tensor] = deque(maxlen=2)  # two: w2 comes between w1 and w3, which share
 
 
 def shared(directions: Tensor) -> Tensor:
@@ -98,7 +97,8 @@ def shared(directions: Tensor) -> Tensor:
     return recent[-1]
 
 
-# By identity: wq wk wv, and w1 w3, get the same tensor, which no one may change in between.
+# Cached by the identity of both: wq wk wv, and w1 w3, pass the same two tensors, which nothing may
+# modify in place.
 @functools.lru_cache(maxsize=1)
 def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """u = U x and the residual r = x - U^T u, in fp32."""
@@ -173,7 +173,7 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, out_features: int, in_features: int, n_directions: int = 16):
         super().__init__(out_features, in_features, n_directions)
-        n_groups = in_features // group_size(in_features)
+        n_groups = in_features // int4_group_size(in_features)
         weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
         groups = torch.empty(n_groups, out_features, 2, dtype=torch.bfloat16)
         self.register_buffer("weight", weight)
@@ -255,9 +255,9 @@ class Int8Embedding(nn.Module):
 def swap_modules(model: nn.Module, scheme: str) -> None:
     """Replace the matrices of a model on the meta device by quantized ones with empty buffers."""
     for path, module in list(model.named_modules()):
-        spec = WEIGHTS.get(path.split(".")[-1])
-        if spec:
-            shape = module.weight.shape
-            int4 = scheme == "int4" and spec.min_bits == 4 and group_size(shape[1])
-            cls = Int4Linear if int4 else Int8Linear
-            model.set_submodule(path, (Int8Embedding if path == "tok_embeddings" else cls)(*shape))
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(path, Int8Embedding(*module.weight.shape))
+        elif isinstance(module, nn.Linear):
+            int4 = scheme == "int4" and path != "output" and int4_group_size(module.in_features)
+            cls = Int4Linear if int4 else Int8Linear  # the output layer stays in int8
+            model.set_submodule(path, cls(*module.weight.shape))

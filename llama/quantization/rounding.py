@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..linear import row_blocks
 
-GROUPS = (64, 32)  # neighbouring inputs that share an int4 scale: the first that divides them
-CLIPS = (1.0, 0.9)  # of a group's range, tried for its low and its high end
+GROUPS = (64, 32)  # inputs that share a scale and a zero: the first that divides in_features
+CLIPS = (1.0, 0.9)  # fractions of a group's range, tried for its low and its high end
 ROUNDING_SIZE = 2**17  # weights rounded at a time: some ten fp32 temporaries stay in the caches
 
 
@@ -17,7 +17,7 @@ def row_scales(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
 
 
-def group_size(in_features: int) -> int:
+def int4_group_size(in_features: int) -> int:
     """Inputs that share an int4 scale; 0 if int4 is not possible."""
     return next((group for group in GROUPS if in_features % group == 0), 0)
 
@@ -48,9 +48,9 @@ def to_levels(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero (n_rows, n_groups, 1), of small squared error, for w (n_rows, n_groups, -1).
+    """Scale and zero, (n_rows, n_groups, 1), for w (n_rows, n_groups, group).
 
-    Each pair of clipped ends is scored by the error of its least-squares fit; the best is refined.
+    Each of four clipped ranges is refined once by least squares; the best of them, once more.
     """
     mean = w.mean(-1, keepdim=True)
     centred = w - mean
