@@ -1,4 +1,4 @@
-"""Small checkpoints in Meta's layout, their peers in transformers, and running the scripts."""
+"""Small checkpoints in Meta's layout, and running the library and the scripts on them."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import llama
+from llama.merge import reserve
 
 # A background job of a shell ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,11 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
 TOKENIZER = DEMO / "tokenizer.model"
-PARAMS = {"dim": 128, "multiple_of": 64, "n_heads": 8, "n_layers": 2} | {
+PARAMS = {
+    "dim": 128,
+    "multiple_of": 64,
+    "n_heads": 8,
+    "n_layers": 2,
     "norm_eps": 1e-5,
     "vocab_size": -1,
 }
-HIDDEN = 384  # 64 * ceil(int(2 / 3 * 4 * 128) / 64)
 GROUPED = PARAMS | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "rope_theta": 1e6}
 ROWS = ("wq", "wk", "wv", "w1", "w3", "output")  # split on dim 0
 COLUMNS = ("wo", "w2", "tok_embeddings")  # split on dim 1
@@ -75,9 +79,33 @@ def write_shards(
             dim = 0 if kind in ROWS else 1 if kind in COLUMNS else None
             part = weight if dim is None else weight.chunk(n_shards, dim)[shard]
             state[name] = part.clone()
-        torch.save(state, folder / f"consolidated.{shard:02}.pth")
+        path = folder / f"consolidated.{shard:02}.pth"
+        reserve(path, state) if part.is_meta else torch.save(state, path)
     (folder / "params.json").write_text(json.dumps(params))
     return folder
+
+
+def write_zeros(folder: Path, n_shards: int = 1, **params: int) -> Path:
+    """Shards of fp16 zeros, which take no room on the disk."""
+    params = PARAMS | {"dim": 2048, "n_layers": 4, "multiple_of": 256, "vocab_size": 4096} | params
+    with torch.device("meta"):
+        model = llama.Transformer(llama.ModelArgs(**params, max_seq_len=1)).half()
+    return write_shards(folder, model.state_dict(), n_shards, params)
+
+
+def load(folder: Path, dtype: str = "float32", **options: object) -> llama.LLaMA:
+    """A model with the demo's tokenizer, its activations in this dtype."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        return llama.load(folder, TOKENIZER, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def printed(folder: Path, prompts: list[str], n_tokens: int, dtype: str = "float32") -> str:
+    """What example-cpu.py prints at temperature 0, by the library."""
+    texts = load(folder, dtype).generate(prompts, n_tokens, temperature=0)
+    return "".join(f"{text}\n\n{'=' * 34}\n\n" for text in texts)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +116,12 @@ def weights() -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, weights: dict) -> Path:
     return write_shards(tmp_path_factory.mktemp("one") / "7B", weights, 1)
+
+
+@pytest.fixture(scope="session")
+def flags(checkpoint: Path) -> list[str]:
+    """Flags with which a script draws the most probable tokens of the checkpoint."""
+    return ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
 
 
 @pytest.fixture

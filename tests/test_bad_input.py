@@ -17,8 +17,6 @@ from torch import Tensor
 import llama
 from llama.merge import open_source, write_merged
 
-WQ = "layers.0.attention.wq.weight"
-
 
 @pytest.fixture
 def folder(tmp_path, weights) -> Path:
@@ -26,18 +24,17 @@ def folder(tmp_path, weights) -> Path:
     return write_shards(tmp_path / "7B", weights, 2)
 
 
-def refusal(folder: Path, tokenizer: Path = TOKENIZER, **options) -> str:
+def refusal(folder: Path, tokenizer: Path = TOKENIZER) -> str:
     with pytest.raises(llama.UserError) as caught:
-        llama.load(folder, tokenizer, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+        llama.load(folder, tokenizer)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # params.json
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[1]", "null", "\xff", "[" * 100_000])
 def test_a_params_json_that_is_not_an_object_is_refused(folder, text):
     (folder / "params.json").write_text(text, encoding="latin-1")
     assert str(folder / "params.json") in refusal(folder)
@@ -56,7 +53,7 @@ def test_a_missing_key_or_file_is_named(folder):
     ("key", "values"),
     {
         "dim": [0, -128, 63, 10**400, 128.0, "128", None, True],
-        "n_heads": [0, 3, 128, 2.0, None],
+        "n_heads": [0, 3, 128, None],
         "n_kv_heads": [0, 3, "1"],
         "n_layers": [0, -1, 3, 10**6, None],
         "multiple_of": [0, 31, 1e3, None],
@@ -73,12 +70,8 @@ def test_a_value_that_no_model_has_is_refused(folder, key, values):
     for value in values:
         (folder / "params.json").write_text(json.dumps(PARAMS | {key: value}))
         message = refusal(folder)
-        assert str(folder) in message and key in message or "weight" in message, (value, message)
-
-
-def test_numbers_of_layers_that_differ_are_named(folder):
-    (folder / "params.json").write_text(json.dumps(PARAMS | {"n_layers": 3}))
-    assert "n_layers 3, and the weights have 2 layers" in refusal(folder)
+        assert str(folder) in message, value
+        assert key in message or "weight" in message, value
 
 
 # Weights
@@ -87,13 +80,12 @@ def test_numbers_of_layers_that_differ_are_named(folder):
 def change(path: Path, **tensors: Tensor | None) -> None:
     """Replace tensors of a shard; None: remove. Dots are written as __."""
     state = torch.load(path, weights_only=True)
-    for name, tensor in tensors.items():
-        state[name.replace("__", ".")] = tensor
+    state |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
 
 
 def in_one(**tensors) -> Callable[[Path], None]:
-    return lambda folder: change(folder / "consolidated.01.pth", **tensors)
+    return lambda folder: change(folder / LAST, **tensors)
 
 
 def in_both(**tensors) -> Callable[[Path], None]:
@@ -101,20 +93,21 @@ def in_both(**tensors) -> Callable[[Path], None]:
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-FIRST, LAST, MERGED = "consolidated.00.pth", "consolidated.01.pth", "merged.pth"
+FIRST, LAST = "consolidated.00.pth", "consolidated.01.pth"
+SEVENS = torch.full((128,), 7.0).half()
+NAN = torch.full((1024, 128), math.nan).half()
 DAMAGES = {
     "a gap": (lambda f: (f / LAST).rename(f / "consolidated.02.pth"), f"{LAST} is missing"),
     "the first shard missing": (lambda f: (f / FIRST).unlink(), f"{FIRST} is missing"),
     "the last shard missing": (lambda f: (f / LAST).unlink(), "should be.*a file is missing"),
-    "another model's shard": (
-        in_one(norm__weight=torch.full((128,), 7.0).half()),
-        "not shards of one mod",
-    ),
+    "another model's shard": (in_one(norm__weight=SEVENS), "not shards of one mod"),
     "nothing in it": (lambda f: os.truncate(f / LAST, 0), LAST),
     "cut": (lambda f: os.truncate(f / LAST, 700_000), LAST),
     "a web page": (lambda f: (f / LAST).write_text("<html>404</html>"), LAST),
     "a git-lfs pointer": (lambda f: (f / LAST).write_bytes(LFS), f"{LAST} is a git-lfs pointer"),
     "a FIFO": (lambda f: ((f / LAST).unlink(), os.mkfifo(f / LAST)), "not a regular file"),
+    "a list": (lambda f: torch.save([torch.ones(1)], f / LAST), f"{LAST} holds a list"),
+    "no tensors": (lambda f: [torch.save({}, path) for path in f.glob("*.pth")], "tok_embeddings"),
     "a key missing in one": (in_one(output__weight=None), "output.weight differs"),
     "a key missing": (in_both(norm__weight=None), "norm.weight is not there"),
     "a key too many": (in_both(extra__weight=torch.ones(3)), "extra.weight is float"),
@@ -123,11 +116,7 @@ DAMAGES = {
     "sparse": (in_both(norm__weight=torch.ones(128).to_sparse()), "norm.weight is.*sparse"),
     "no data": (in_both(norm__weight=torch.ones(128, device="meta")), "norm.weight is.*meta"),
     "no elements": (in_both(norm__weight=torch.ones(0)), "norm.weight is empty"),
-    "NaN": (in_one(output__weight=torch.full((1024, 128), math.nan).half()), "output.weight.*NaN"),
-    "Inf": (in_one(output__weight=torch.full((1024, 128), -math.inf).half()), "output.weight.*Inf"),
-    "no dot": (lambda f: torch.save({"a": torch.ones(1)}, f / MERGED), "tok_embeddings"),
-    "a list": (lambda f: torch.save([torch.ones(1)], f / MERGED), f"{MERGED} holds a list"),
-    "nothing": (lambda f: torch.save({}, f / MERGED), "tok_embeddings"),
+    "NaN": (in_one(output__weight=NAN), "output.weight.*NaN"),
 }
 
 
@@ -137,12 +126,9 @@ def test_damaged_weights_are_refused_by_load_and_by_merge(folder, tmp_path, dama
     message = refusal(folder)
     assert re.search(expected, message), message
     assert str(folder) in message
-    if not (folder / "merged.pth").exists():
-        out = tmp_path / "out"
-        out.mkdir()
-        with pytest.raises(llama.UserError):
-            write_merged(open_source(folder, False), out)
-        assert not list(out.iterdir())
+    with pytest.raises(llama.UserError):
+        write_merged(open_source(folder, False), tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
 
 
 class Command(str):
@@ -155,19 +141,16 @@ class Command(str):
 @pytest.mark.parametrize("form", ["zip", "pickle"])
 def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path, form):
     attack = {"norm.weight": Command(f"touch {tmp_path}/mark")}
-    torch.save(attack, folder / MERGED)
+    torch.save(attack, folder / "merged.pth")
     if form == "pickle":
-        (folder / MERGED).write_bytes(pickle.dumps(attack))
-    assert f"{MERGED} is damaged, or holds objects other than tensors" in refusal(folder)
+        (folder / "merged.pth").write_bytes(pickle.dumps(attack))
+    assert "merged.pth is damaged, or holds objects other than tensors" in refusal(folder)
     assert not (tmp_path / "mark").exists()
 
 
-def test_an_error_is_one_short_line_without_escape_sequences(folder, run_script):
-    name = "a\n\x1b[31mhacked" + "x" * 5000 + ".b"
-    for path in folder.glob("*.pth"):
-        state = torch.load(path, weights_only=True)
-        torch.save(state | {name: torch.ones(3)}, path)
-    result = run_script("example-cpu.py", "--ckpt_dir", folder, "--tokenizer_path", TOKENIZER)
+def test_an_error_is_one_short_line_without_escape_sequences(run_script):
+    name = "a\n\x1b[31mhacked" + "x" * 5000
+    result = run_script("example-cpu.py", "--prompt_file", name)
     message = error_line(result)
     assert "hacked" in message and "\x1b" not in message
     assert len(message) < 520 and result.stderr.count(b"\n") == 1
@@ -176,16 +159,16 @@ def test_an_error_is_one_short_line_without_escape_sequences(folder, run_script)
 # Folders and tokenizers
 
 
-def test_a_missing_folder_says_which_there_are(tmp_path, weights, run_script):
+def test_a_missing_folder_says_which_there_are(tmp_path):
     for name in ("7B", "13B"):
-        write_shards(tmp_path / "model" / name, weights, 1)
-    message = error_line(run_script("example-cpu.py", "--ckpt_dir", "model/30B"))
-    assert re.search(r"no directory model.30B \(found: 7B, 13B\).*--ckpt_dir", message)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "merged.pth").touch()
+    message = refusal(tmp_path / "30B")
+    assert re.search(r"no directory .*30B \(found: 7B, 13B\).*`ckpt_dir`", message)
 
 
-def test_a_folder_without_weights_is_a_one_line_error(tmp_path, run_script):
-    message = error_line(run_script("example-cpu.py", "--ckpt_dir", tmp_path))
-    assert message.startswith(f"error: {tmp_path} has no consolidated.*.pth and no merged.pth")
+def test_a_folder_without_weights_is_named(tmp_path):
+    assert f"{tmp_path} has no consolidated.*.pth and no merged.pth" in refusal(tmp_path)
 
 
 TOKENIZERS = {

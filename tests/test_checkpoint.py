@@ -9,18 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARAMS, TOKENIZER, random_weights, run_python, write_shards
+from conftest import (
+    GROUPED,
+    PARAMS,
+    TOKENIZER,
+    load,
+    random_weights,
+    run_python,
+    write_shards,
+    write_zeros,
+)
 from torch import Tensor
 
-import llama
-from llama.merge import open_source, reserve, write_merged
+from llama.merge import open_source, write_merged
 
 PROMPT = "Once upon a time"
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
 
 
 def greedy(folder: Path) -> str:
-    return llama.load(folder, TOKENIZER).generate(PROMPT, 20, temperature=0)[0]
+    return load(folder).generate(PROMPT, 20, temperature=0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +37,34 @@ def expected(checkpoint) -> str:
     return greedy(checkpoint)
 
 
-RELEASE = [  # folder, number of shards, names of angles, norm_eps
-    ("7B", 1, "layers.{}.attention.inner_attention.rope.freqs", 1e-6),
-    ("13B", 2, "rope.freqs", 1e-6),
-    ("30B", 4, "rope.freqs", 1e-6),
-    ("65B", 8, "rope.freqs", 1e-5),
-]
+OLD_ANGLES = "layers.{}.attention.inner_attention.rope.freqs"
+RELEASES = {  # number of shards, names of angles, params.json
+    "7B": (1, OLD_ANGLES, PARAMS),
+    "13B": (2, "rope.freqs", PARAMS),
+    "30B": (4, "rope.freqs", PARAMS),
+    "65B": (8, "rope.freqs", PARAMS),
+    "70B of Llama 2": (8, "rope.freqs", GROUPED),
+}
 
 
-@pytest.mark.parametrize(("size", "n_shards", "angles", "norm_eps"), RELEASE)
-def test_the_first_release_runs_unmerged_and_merges_bit_for_bit(
-    size, n_shards, angles, norm_eps, weights, tmp_path
-):
+@pytest.mark.parametrize(("n_shards", "angles", "params"), RELEASES.values(), ids=RELEASES)
+def test_metas_releases_run_unmerged_and_merge_bit_for_bit(n_shards, angles, params, tmp_path):
     """The names and numbers of files as Meta published them; the shapes are small."""
-    params = PARAMS | {"norm_eps": norm_eps}
-    model = {name: weight for name, weight in weights.items() if name != "rope.freqs"}
-    unused = {angles.format(layer): weights["rope.freqs"].half() for layer in range(2)}
-    folder = write_shards(tmp_path / size, model | unused, n_shards, params)
-    assert greedy(folder) == greedy(write_shards(tmp_path / "one", model, 1, params))
+    weights = random_weights(params=params)
+    freqs = weights.pop("rope.freqs").half()
+    unused = {angles.format(layer): freqs for layer in range(2)}
+    folder = write_shards(tmp_path / "in", weights | unused, n_shards, params)
+    assert greedy(folder) == greedy(write_shards(tmp_path / "one", weights, 1, params))
     merged = torch.load(write_merged(open_source(folder, False), tmp_path), weights_only=True)
-    assert merged.keys() == model.keys()
-    assert all(torch.equal(merged[name], weight) for name, weight in model.items())
+    assert merged.keys() == weights.keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in weights.items())
 
 
 def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
     other = random_weights(seed=1)
     torch.save(other, tmp_path / "merged.pth")
-    text = greedy(write_shards(tmp_path / "other", other, 1))
-    assert greedy(tmp_path) == text
+    assert greedy(tmp_path) == greedy(write_shards(tmp_path / "other", other, 1))
 
 
 # Files that torch reads, and that are not as Meta's
@@ -114,8 +121,7 @@ DEFAULTS = {"n_kv_heads": None, "ffn_dim_multiplier": False, "use_scaled_rope": 
 @pytest.mark.parametrize(("more", "mark"), [(DEFAULTS, b""), ({}, b"\xef\xbb\xbf")])
 def test_null_false_and_a_byte_order_mark_in_params_json(more, mark, weights, tmp_path, expected):
     write_shards(tmp_path, weights, 1)
-    content = json.dumps(PARAMS | more).encode()
-    (tmp_path / "params.json").write_bytes(mark + content)
+    (tmp_path / "params.json").write_bytes(mark + json.dumps(PARAMS | more).encode())
     assert greedy(tmp_path) == expected
 
 
@@ -125,7 +131,7 @@ def test_a_vocabulary_of_minus_1_is_as_large_as_the_embedding(weights, tmp_path)
     more = {n: torch.cat([weights[n], row]) for n in ("tok_embeddings.weight", "output.weight")}
     write_shards(tmp_path, weights | more, 1)
     write_merged(open_source(tmp_path, False), tmp_path)
-    model = llama.load(tmp_path, TOKENIZER)
+    model = load(tmp_path)
     assert model.model.args.vocab_size == 2049
     assert model.model.output(torch.ones(1, PARAMS["dim"])).argmax() == 2048
     assert model.generate(PROMPT, 8, temperature=0)[0].startswith(PROMPT)
@@ -148,57 +154,40 @@ def test_a_folder_that_is_not_utf_8_is_read_and_written(checkpoint, tmp_path, ru
 # What loading costs
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """A checkpoint of 0.45 GB in fp16, all zeros, which takes no room on the disk."""
-    folder = tmp_path_factory.mktemp("large")
-    params = PARAMS | {"dim": 2048, "n_layers": 4, "multiple_of": 256}
-    args = llama.ModelArgs(**params | {"vocab_size": 4096, "max_seq_len": 1})
-    with torch.device("meta"):
-        state = llama.Transformer(args).half().state_dict()
-    reserve(folder / "merged.pth", state)
-    (folder / "params.json").write_text(json.dumps(params))
-    return folder
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-@pytest.mark.parametrize(
-    ("dtype", "quantize"),
-    [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int4")],
-)
-def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantize):
-    code = """
+LOAD = """
 import sys, torch, llama
-torch.set_default_dtype(getattr(torch, sys.argv[1]))
-quantize = None if sys.argv[4] == "None" else sys.argv[4]
-model = llama.load(sys.argv[2], sys.argv[3], quantize=quantize)
+folder, tokenizer, dtype, quantize = sys.argv[1:]
+torch.set_default_dtype(getattr(torch, dtype))
+model = llama.load(folder, tokenizer, quantize=quantize or None)
 model.generate("Hello", 2)
+"""
+PEAK = """
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
 print(model.weight_bytes)
 """
-    peak, weight_bytes = map(int, run_python(code, dtype, large, TOKENIZER, quantize).split())
+TYPES = [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int4")]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """0.45 GB in fp16."""
+    return write_zeros(tmp_path_factory.mktemp("large"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+@pytest.mark.parametrize(("dtype", "quantize"), TYPES)
+def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantize):
+    printed = run_python(LOAD + PEAK, large, TOKENIZER, dtype, quantize or "")
+    peak, weight_bytes = map(int, printed.split())
     cache = 2 * 4 * 512 * 2048 * 4
     assert peak < 1.05 * weight_bytes + cache + 500e6
 
 
-@pytest.mark.parametrize(
-    ("dtype", "quantize", "unused"),
-    [
-        ("float32", None, "llama.merge llama.huggingface llama.quantization llama.parallel"),
-        ("bfloat16", None, "llama.merge llama.huggingface llama.quantization llama.parallel"),
-        ("float32", "int8", "llama.merge llama.huggingface llama.parallel"),
-        ("float32", "int4", "llama.merge llama.huggingface llama.parallel"),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "quantize"), TYPES)
 def test_loading_imports_neither_torchs_compiler_nor_what_it_does_not_use(
-    dtype, quantize, unused, checkpoint
+    dtype, quantize, checkpoint
 ):
-    code = """
-import sys, torch, llama
-torch.set_default_dtype(getattr(torch, sys.argv[1]))
-quantize = None if sys.argv[4] == "None" else sys.argv[4]
-llama.load(sys.argv[2], sys.argv[3], quantize=quantize).generate("Hello", 2)
-print(*sys.modules)
-"""
-    modules = run_python(code, dtype, checkpoint, TOKENIZER, quantize).split()
-    assert not {"torch._dynamo", *unused.split()} & {*modules}
+    code = f"{LOAD}\nprint(*sys.modules)"
+    modules = set(run_python(code, checkpoint, TOKENIZER, dtype, quantize or "").split())
+    assert not modules & {"torch._dynamo", "llama.merge", "llama.huggingface", "llama.parallel"}
+    assert ("llama.quantization" in modules) == (quantize is not None)
