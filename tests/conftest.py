@@ -124,17 +124,24 @@ def flags(checkpoint: Path) -> list[str]:
     return ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
 
 
+def python(*args: object, **options: object) -> subprocess.CompletedProcess:
+    """Run Python, by default in the repository's root, and keep what it prints."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"cwd": ROOT, "timeout": 120, **pipes, **options}
+    return subprocess.run([sys.executable, *map(str, args)], check=False, **options)
+
+
+def run_code(code: str, *args: object) -> str:
+    """What a program prints that runs in a process of its own."""
+    done = python("-c", code, *args, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the repository in a folder that is not the repository."""
-
-    def run(script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(
-            command, check=False, cwd=tmp_path, capture_output=True, timeout=120, **kwargs
-        )
-
-    return run
+    return lambda script, *args, **options: python(ROOT / script, *args, cwd=tmp_path, **options)
 
 
 def error_line(result: subprocess.CompletedProcess) -> str:
@@ -144,9 +151,3 @@ def error_line(result: subprocess.CompletedProcess) -> str:
     assert (result.returncode, len(lines), "Traceback" in errors) == (1, 1, False), errors
     assert not result.stdout
     return lines[0]
-
-
-def run_python(code: str, *args: object) -> str:
-    """What a program prints that runs in a process of its own, in the repository's root."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout

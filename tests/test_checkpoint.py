@@ -15,7 +15,7 @@ from conftest import (
     TOKENIZER,
     load,
     random_weights,
-    run_python,
+    run_code,
     write_shards,
     write_zeros,
 )
@@ -177,7 +177,7 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("dtype", "quantize"), TYPES)
 def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantize):
-    printed = run_python(LOAD + PEAK, large, TOKENIZER, dtype, quantize or "")
+    printed = run_code(LOAD + PEAK, large, TOKENIZER, dtype, quantize or "")
     peak, weight_bytes = map(int, printed.split())
     cache = 2 * 4 * 512 * 2048 * 4
     assert peak < 1.05 * weight_bytes + cache + 500e6
@@ -188,6 +188,6 @@ def test_loading_imports_neither_torchs_compiler_nor_what_it_does_not_use(
     dtype, quantize, checkpoint
 ):
     code = f"{LOAD}\nprint(*sys.modules)"
-    modules = set(run_python(code, checkpoint, TOKENIZER, dtype, quantize or "").split())
+    modules = set(run_code(code, checkpoint, TOKENIZER, dtype, quantize or "").split())
     assert not modules & {"torch._dynamo", "llama.merge", "llama.huggingface", "llama.parallel"}
     assert ("llama.quantization" in modules) == (quantize is not None)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import pytest
 import torch
 from conftest import (
     DEMO,
-    ROOT,
     TOKENIZER,
     error_line,
     printed,
-    run_python,
+    python,
+    run_code,
     write_shards,
     write_zeros,
 )
@@ -105,7 +104,7 @@ before, folder = peak_memory(), pathlib.Path(sys.argv[1])
 llama.merge.write_merged(llama.merge.open_source(folder, False), folder)
 print(peak_memory() - before)
 """
-    grown = int(run_python(code, write_zeros(tmp_path, n_shards=2)))  # of 0.45 GB
+    grown = int(run_code(code, write_zeros(tmp_path, n_shards=2)))  # of 0.45 GB
     (tmp_path / "merged.pth").unlink()
     assert grown < 250e6
 
@@ -183,8 +182,7 @@ def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path
     """Its partial file is neither read by anything nor in the way of the next run."""
     target = tmp_path / "merged.pth"
     target.write_text("mine")
-    command = [sys.executable, "-c", KILLED, checkpoint, tmp_path]
-    assert subprocess.run(command, check=False, cwd=ROOT).returncode == -signal.SIGKILL
+    assert python("-c", KILLED, checkpoint, tmp_path).returncode == -signal.SIGKILL
     assert target.read_text() == "mine"
     [partial] = (path.name for path in tmp_path.iterdir() if path != target)
     assert re.fullmatch(r"\.merged\.pth\.\w+\.partial", partial)

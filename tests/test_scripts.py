@@ -2,32 +2,15 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, TOKENIZER, error_line, write_shards
+from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, write_shards
 
 import llama
 
-RULE = f"\n\n{'=' * 34}\n\n"
 SCRIPTS = ["example-cpu.py", "example-chat.py", "merge-weights.py"]
 BOM = b"\xef\xbb\xbf"
-
-
-@pytest.fixture(scope="module")
-def flags(checkpoint) -> list[str]:
-    return ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
-
-
-def greedy(folder: Path, prompts: list[str], n: int, dtype: str = "float32") -> str:
-    """What example-cpu.py prints, by the library."""
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        texts = llama.load(folder, TOKENIZER).generate(prompts, n, temperature=0)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return "".join(text + RULE for text in texts)
 
 
 # stdout and stderr
@@ -40,13 +23,13 @@ def test_stdout_is_each_prompt_with_its_continuation_and_a_rule(
 ):
     done = run_script("example-cpu.py", *prompts, *flags, "--dtype", dtype, "--max_gen_len", 12)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == greedy(checkpoint, prompts, 12, dtype)
+    assert done.stdout.decode() == printed(checkpoint, prompts, 12, dtype)
     assert b"\r" not in done.stderr  # progress bars belong on a terminal
 
 
 def test_without_weights_the_demo_tells_a_story_and_stderr_says_so(run_script):
     done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 12)
-    assert done.stdout.decode() == greedy(DEMO, ["Once upon a time"], 12)
+    assert done.stdout.decode() == printed(DEMO, ["Once upon a time"], 12)
     notice, timings = done.stderr.decode().splitlines()
     assert str(DEMO) in notice
     for part in ("loaded in", "prompt", "generated", "tokens/s", "peak memory", "GB"):
@@ -58,7 +41,7 @@ def test_weights_in_model_are_the_default_and_so_is_the_usual_prompt(run_script,
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 5)
-    assert done.stdout.decode() == greedy(folder, ["I believe the meaning of life is"], 5)
+    assert done.stdout.decode() == printed(folder, ["I believe the meaning of life is"], 5)
     assert b"demo" not in done.stderr
 
 
@@ -79,35 +62,22 @@ def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_p
     (tmp_path / "prompt.txt").write_bytes(mark + "Zwölf\r\nlines\r\n".encode())
     args = ["-", "--prompt_file", "prompt.txt", *flags, "--max_gen_len", 8]
     result = run_script("example-cpu.py", *args, input=mark + "einß\r\ntwo".encode())
-    assert result.stdout.decode() == greedy(checkpoint, ["einß\ntwo", "Zwölf\nlines"], 8)
+    assert result.stdout.decode() == printed(checkpoint, ["einß\ntwo", "Zwölf\nlines"], 8)
 
 
-def test_a_byte_order_mark_before_a_message_is_not_text(run_script, flags):
-    args = [*flags, "--style", "complete", "--max_gen_len", 8]
-    plain = run_script("example-chat.py", *args, input=b"Once")
-    marked = run_script("example-chat.py", *args, input=BOM + b"Once\r\n/exit\r\nOnce")
-    assert plain.returncode == 0
-    assert marked.stdout == plain.stdout
-
-
-def test_a_locale_without_utf_8_changes_nothing(run_script, checkpoint, flags):
+def test_a_prompt_is_utf_8_in_any_locale_and_what_is_not_is_replaced(run_script, checkpoint, flags):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    prompt = "déjà vu"
-    done = run_script("example-cpu.py", prompt, *flags, "--max_gen_len", 8, env=env)
-    assert done.stdout.decode() == greedy(checkpoint, [prompt], 8)
-
-
-def test_a_prompt_that_is_not_utf_8_is_cleaned(run_script, checkpoint, flags):
-    done = run_script("example-cpu.py", os.fsdecode(b"a\xffb"), *flags, "--max_gen_len", 4)
-    assert done.stdout.decode() == greedy(checkpoint, ["a\ufffdb"], 4)
+    prompts = ["déjà vu", os.fsdecode(b"a\xffb")]
+    done = run_script("example-cpu.py", *prompts, *flags, "--max_gen_len", 8, env=env)
+    assert done.stdout.decode() == printed(checkpoint, ["déjà vu", "a\ufffdb"], 8)
 
 
 # The command line
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["--", "--help"]])
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--", "--help"]])
 def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     done = run_script(script, *argv, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -119,85 +89,53 @@ def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     assert "None" not in done.stdout and "Optional" not in done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_version_names_this_program_and_torch(run_script, script):
-    done = run_script(script, "--version", text=True)
+def test_version_names_this_program_and_torch(run_script):
+    done = run_script("merge-weights.py", "--version", text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert llama.__version__ in done.stdout and torch.__version__ in done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flag", ["--quantise", "--Quantize=int8", "-x"])
-def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, script, flag):
-    done = run_script(script, flag, "int8", text=True)
+def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, flag):
+    done = run_script("example-cpu.py", flag, "int8", text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"there is no flag {flag.partition('=')[0]}" in done.stderr
     assert ("did you mean --quantize?" in done.stderr) == ("uanti" in flag)
     assert done.stderr.count("\n") == 1
 
 
-def test_flags_with_dashes_and_values_in_short_are_understood(run_script, checkpoint, tmp_path):
-    (tmp_path / "a-b").symlink_to(checkpoint)
-    args = ["--ckpt-dir=a-b", "--tokenizer-path", TOKENIZER, "--max-gen-len=4", "a"]
-    args += ["--temperature=1e-5"]
-    for value in ("fp32", "FLOAT32", "bf16", "BFloat16"):
-        assert run_script("example-cpu.py", *args, "--dtype", value).returncode == 0, value
-    for value in ("8", "INT8", "4"):
-        done = run_script("example-cpu.py", *args, f"--quantize={value}")
-        assert done.returncode == 0, value
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "7B").symlink_to(checkpoint)
-    assert run_script("merge-weights.py", "--model_size=7b").returncode == 0
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [("fp32", "8"), ("BF16", "INT8"), ("BFloat16", "4")]
+)
+def test_flags_with_dashes_and_values_in_short_are_understood(run_script, flags, dtype, quantize):
+    values = ["--max-gen-len=4", "--temperature=1e-5", f"--dtype={dtype}", f"--quantize={quantize}"]
+    assert run_script("example-cpu.py", "a", *flags, *values).returncode == 0
 
 
 def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, checkpoint, flags):
     prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "-- a well-known"]
     argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led-on", "-"]
     done = run_script("example-cpu.py", *argv, input=b"read\n")
-    assert done.stdout.decode() == greedy(checkpoint, [*prompts, "--led-on", "read"], 2)
-    done = run_script("example-cpu.py", *flags, "--max_gen_len=2", "--", "-x")
-    assert done.stdout.decode() == greedy(checkpoint, ["-x"], 2)
+    assert done.stdout.decode() == printed(checkpoint, [*prompts, "--led-on", "read"], 2)
 
 
 @pytest.mark.parametrize(
     ("script", "argv", "said"),
     [
         ("example-cpu.py", ["--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
+        ("example-cpu.py", ["--ckpt_dir"], "argument --ckpt_dir: expected one argument"),
         ("example-cpu.py", ["--top_p", "1.5"], "--top_p must be "),
-        (
-            "example-cpu.py",
-            ["--temperature", "hot"],
-            "argument --temperature: invalid float value: 'hot'",
-        ),
-        ("example-cpu.py", ["--temperature", "nan"], "--temperature must be "),
         ("example-cpu.py", ["--threads", "0"], "--threads must be 1 to"),
         ("example-cpu.py", ["--threads", "100000"], "--threads must be 1 to"),
         ("example-cpu.py", ["--max_seq_len", "0"], "--max_seq_len must be "),
-        ("example-cpu.py", ["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
-        (
-            "example-cpu.py",
-            ["--verbose=maybe"],
-            "argument --verbose: ignored explicit argument 'maybe'",
-        ),
         ("example-cpu.py", ["--prompt_file", "none.txt"], "--prompt_file none.txt"),
-        ("example-cpu.py", ["word " * 30, "--max_seq_len", "20"], "and the context 20"),
+        ("example-cpu.py", ["-"], "must be a prompt on stdin"),
         ("example-chat.py", ["Hello"], "'Hello' has no flag before it"),
         ("example-chat.py", ["--style", "poem"], "argument --style: invalid choice: 'poem'"),
-        ("merge-weights.py", ["7B"], "'7B' has no flag before it"),
         ("merge-weights.py", ["--", "7B"], "'7B' has no flag before it"),
-        ("example-cpu.py", ["-"], "must be a prompt on stdin"),
-        ("merge-weights.py", ["--model_size", "8B"], "argument --model_size: invalid choice: '8B'"),
         ("merge-weights.py", ["--input_dir", "nowhere"], "--input_dir"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line_with_its_flag(run_script, script, argv, said):
     flags = [] if script == "merge-weights.py" else ["--ckpt_dir", DEMO]
     assert said in error_line(run_script(script, *argv, *flags))
-
-
-def test_a_flag_without_a_value_is_refused_in_one_line(run_script, tmp_path):
-    done = run_script("example-cpu.py", "--ckpt_dir", "--max_gen_len", 2)
-    assert error_line(done) == "error: argument --ckpt_dir: expected one argument"
-    done = run_script("merge-weights.py", "--input_dir", DEMO, "--output_dir")
-    assert error_line(done) == "error: argument --output_dir: expected one argument"
-    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import PARAMS, TOKENIZER, random_weights, run_python
+from conftest import PARAMS, TOKENIZER, random_weights, run_code
 
 import llama
 from llama.system import available_cpus, available_memory
@@ -67,7 +67,7 @@ cli.set_threads(None, pathlib.Path(sys.argv[1]))
 print(torch.get_num_threads())
 """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert run_python(code, tmp_path) == "1\n"
+    assert run_code(code, tmp_path) == "1\n"
 
 
 # The check before loading
