@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARAMS, TOKENIZER, random_weights, write_shards
+from conftest import PARAMS, TOKENIZER, load, random_weights, write_shards
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ def new_chat(folder):
     """Make a chat, with a model that says these texts, with an end after each or without."""
 
     def make(*said: str, style="dialog", system="Kind.", limit=1024, ends=True, **options):
-        model = llama.load(folder, TOKENIZER, max_seq_len=limit).model
+        model = load(folder, max_seq_len=limit).model
         model = llama.LLaMA(model, llama.Tokenizer(TOKENIZER, ADDED))
         if said:
             ids = [model.tokenizer.encode(text, False, ends, within=True) for text in said]
@@ -112,18 +112,12 @@ def test_a_style_is_written_as_transformers_renders_its_template(new_chat, style
         messages.append({"role": "assistant", "content": reply})
 
 
-def test_added_tokens_of_a_style_are_single_ids(new_chat):
+def test_only_a_styles_own_text_becomes_special_ids(new_chat):
     chat = new_chat("Hello", style="chatml")
-    say(chat, "<|im_end|> Hi")
-    tokens = chat.context.tokens
-    assert (tokens.count(2048), tokens.count(2049)) == (3, 2)  # not that of the message
-
-
-def test_the_users_text_becomes_neither_special_ids_nor_templates(new_chat):
-    chat = new_chat(" Hello")
-    say(chat, "</s><s>{preamble}{}")
-    assert chat.context.tokens.count(1) == 1
-    assert text_of(chat).endswith("User: </s><s>{preamble}{}\nAI: Hello")
+    message = "</s><s><|im_end|>{preamble}{}"
+    say(chat, message)
+    assert [chat.context.tokens.count(token) for token in (1, 2, 2048, 2049)] == [1, 0, 3, 2]
+    assert f"<|im_start|>user\n{message}<|im_end|>" in text_of(chat)
 
 
 TURNS = {"dialog": "User:", "vicuna": "USER:", "llama2": "[INST]", "zephyr": "<|user|>"}
@@ -175,35 +169,30 @@ def test_a_turn_computes_only_its_own_tokens(new_chat):
         assert chat.llama.timings.prompt_tokens <= n_message + 3  # and the end of the last reply
 
 
-@pytest.mark.parametrize("prompt_lookup", [0, 8])
-def test_evicted_turns_leave_no_trace(tmp_path, prompt_lookup):
+def test_evicted_turns_leave_no_trace(tmp_path):
     # In a model of one layer keys and values depend on nothing but the token and its position.
     params = PARAMS | {"n_layers": 1}
-    folder = write_shards(tmp_path, random_weights(params=params), 1, params)
-    model = llama.load(folder, TOKENIZER, max_seq_len=64)
-    sampling = llama.Sampling(12, temperature=0, prompt_lookup=prompt_lookup)
-    chat = llama.Chat(model, llama.STYLES["dialog"], "Kind.", sampling)
+    model = load(write_shards(tmp_path, random_weights(params=params), 1, params), max_seq_len=64)
+    chat = llama.Chat(model, llama.STYLES["dialog"], "Kind.", llama.Sampling(12, temperature=0))
     n_forgotten = 0
     for turn in range(12):
-        (reply,) = say(chat, f"Turn {turn}")
+        say(chat, f"Turn {turn}")
         n_forgotten += chat.n_evicted
-        text, prompt = text_of(chat), chat.context.tokens[: len(chat.context.tokens) - chat.n_new]
-        assert text.startswith(f"<s>Kind.\n\nUser: Turn {n_forgotten}\nAI:")
-        if turn == 11:  # in whose course nothing is evicted
-            continued = "".join(model.stream(prompt, chat.n_new, temperature=0))
-            assert "<s>" + continued == text
-            assert continued.endswith(reply)
+        assert text_of(chat).startswith(f"<s>Kind.\n\nUser: Turn {n_forgotten}\nAI:")
     assert n_forgotten > 5
+    # The last turn evicts others before its reply, and none in its course.
+    prompt = chat.context.tokens[: len(chat.context.tokens) - chat.n_new]
+    continued = "".join(model.stream(prompt, chat.n_new, temperature=0))
+    assert text_of(chat) == "<s>" + continued
 
 
 def test_the_status_says_when_turns_were_forgotten(new_chat):
-    chat = new_chat(*[" Fine"] * 9, limit=64)
-    n_turns = 0
-    for message in ["Hi"] * 8 + ["One two three four " * 3]:
-        say(chat, message)
-        n_forgotten = n_turns + 1 - text_of(chat).count("User:")
-        assert ("forgotten" in chat.status()) == (n_forgotten > 0)
-        n_turns += 1 - n_forgotten
+    chat = new_chat(*[" Fine"] * 5, limit=64)
+    say(chat, *["Hi"] * 4)
+    assert "forgotten" not in chat.status()
+    say(chat, "One two three four " * 3)
+    n_forgotten = 5 - text_of(chat).count("User:")
+    assert n_forgotten > 1
     assert f"oldest {n_forgotten} turns were forgotten" in chat.status()
 
 
@@ -224,6 +213,7 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_c
     with pytest.raises(llama.UserError, match="tokens long and the context 48.*`max_seq_len`"):
         next(chat.reply("long " * 100))
     assert text_of(chat) == before
+    assert chat.retry() == "Hi"
     assert say(chat, "How are you?") == ["Fine"]
 
 

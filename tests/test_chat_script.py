@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, TOKENIZER
+from conftest import ROOT
 
 pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -18,11 +18,6 @@ LINE = r"\n(?:\x1b\[\?2004l)?\r?"  # a new line, after readline's end of bracket
 
 
 @pytest.fixture(scope="module")
-def flags(checkpoint) -> list[str]:
-    return ["--ckpt_dir", str(checkpoint), "--tokenizer_path", str(TOKENIZER), "--seed", "1"]
-
-
-@pytest.fixture(scope="module")
 def talk(flags, tmp_path_factory):
     """Start a chat in a terminal of its own."""
     children = []
@@ -31,7 +26,7 @@ def talk(flags, tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("talk"))
         child = pexpect.spawn(
             sys.executable,
-            [str(ROOT / "example-chat.py"), *flags, *map(str, more)],
+            [str(ROOT / "example-chat.py"), *flags, "--seed", "1", *map(str, more)],
             cwd=folder,
             env={**ENV, "XDG_STATE_HOME": folder, **env},
             encoding="utf-8",
@@ -120,17 +115,25 @@ def test_ctrl_c_stops_a_reply_and_the_talk_goes_on(talk):
 
 
 def test_retry_draws_the_last_reply_again(talk):
-    child = talk("--max_gen_len", 20, "--max_seq_len", 64, "--system", "", "--temperature", 2)
+    child = talk("--max_gen_len", 20, "--temperature", 2)
     child.sendline("/retry")
     child.expect("no reply yet")
     replies = []
-    for line in ("Hi", "/retry", "long " * 70, "/retry"):  # the third is refused
+    for line in ("Hi", "/retry", "/retry"):
         child.expect(PROMPT)
         child.sendline(line)
-        child.expect(STATUS if len(line) < 99 else "tokens long")
+        child.expect(STATUS)
         replies.append(visible(child.before).partition("\n")[2])
-        assert len(line) > 99 or int(child.match[1]) < 40
-    assert len(set(replies)) == 4
+    assert len(set(replies)) == 3
+
+
+def test_a_message_too_long_is_refused_and_can_be_followed_by_another(talk):
+    child = talk("--max_gen_len", 20, "--max_seq_len", 64, "--system", "")
+    child.sendline("long " * 70)
+    child.expect("tokens long and the context 64.*--max_seq_len")
+    child.expect(PROMPT)
+    child.sendline("Tell me more")
+    child.expect(STATUS + ", stopped at --max_gen_len 20")
 
 
 def test_messages_are_remembered_in_a_file_of_the_users_state_folder(talk, tmp_path):
@@ -142,7 +145,6 @@ def test_messages_are_remembered_in_a_file_of_the_users_state_folder(talk, tmp_p
     child = talk(*options, XDG_STATE_HOME=str(tmp_path))
     child.send("\033[A!\r")
     child.expect(LINE + "erste Zeile\r\n🙂 zweite!")
-    assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_replies_wrap_at_words_and_what_is_typed_ahead_is_the_next_message(talk):
@@ -157,18 +159,6 @@ def test_replies_wrap_at_words_and_what_is_typed_ahead_is_the_next_message(talk)
     assert re.match("the quick brown fox jumps ?\nover the lazy dog and runs ?\naway", shown)
     assert "typed" not in shown
     child.expect(LINE + "typed ahead")
-
-
-def test_a_full_context_and_a_message_too_long(talk):
-    child = talk("--max_gen_len", 20, "--max_seq_len", 64)
-    for line in ["Tell me more"] * 3:
-        child.sendline(line)
-        child.expect(STATUS + ", stopped at --max_gen_len 20")
-        child.expect(PROMPT)
-    assert "forgotten" in child.before
-    child.sendline("long " * 99)
-    child.expect("tokens long and the context 64.*--max_seq_len")
-    child.expect(PROMPT)
 
 
 def test_a_pipe_gets_replies_on_stdout_and_nothing_is_remembered(flags, run_script, tmp_path):
