@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, error_line, relative_error
+from conftest import TOKENIZER, relative_error
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -97,26 +97,27 @@ def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     assert open_source(folder, True).args == expected
 
 
-def test_the_script_converts_a_folder_where_it_is_and_into_a_new_one(tmp_path, run_script):
-    folder = write_folder(tmp_path / "in", "grouped", "sharded")
-    for out in (folder, tmp_path / "new" / "out"):
-        done = run_script("merge-weights.py", "--input_dir", folder, "--output_dir", out)
-        assert (done.returncode, done.stdout) == (0, b""), done.stderr
-        assert llama.load(out).generate("Once", 4)[0].startswith("Once")
-    assert (folder / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
-
-
-def test_running_a_folder_that_is_not_converted_says_how_to(tmp_path, run_script):
+def test_the_script_converts_a_folder_where_it_is(tmp_path, run_script):
     folder = write_folder(tmp_path / "in")
-    message = error_line(run_script("example-cpu.py", "--ckpt_dir", folder))
-    assert f"python merge-weights.py --input_dir {folder}" in message
+    done = run_script("merge-weights.py", "--input_dir", folder, "--output_dir", folder)
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    assert llama.load(folder).generate("Once", 4)[0].startswith("Once")
+
+
+def test_running_a_folder_that_is_not_converted_says_how_to(tmp_path):
+    folder = write_folder(tmp_path)
+    with pytest.raises(llama.UserError, match=f"python merge-weights.py --input_dir {folder}"):
+        llama.load(folder)
 
 
 # Tokens beyond the tokenizer's, and ends
 
 
+ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049}
+
+
 def ends_with_added_token(folder: Path, eos_token_id: object, where: str) -> LlamaForCausalLM:
-    """A folder whose model says <|im_end|>, id 2049, after "Once upon a time"."""
+    """A folder whose model says <|im_end|> after "Once upon a time"."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 2050, "initializer_range": 0.3}))
     model.config.eos_token_id = None
@@ -127,7 +128,7 @@ def ends_with_added_token(folder: Path, eos_token_id: object, where: str) -> Lla
     (folder / "generation_config.json").unlink()
     edit_json(folder / where, eos_token_id=eos_token_id)
     (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    edit_json(folder / "added_tokens.json", **{"<|im_start|>": 2048, "<|im_end|>": 2049})
+    edit_json(folder / "added_tokens.json", **ADDED)
     return LlamaForCausalLM.from_pretrained(folder)
 
 
@@ -147,13 +148,12 @@ def test_a_reply_ends_where_transformers_ends_it(eos_token_id, where, tmp_path):
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_added_tokens_are_one_id_in_both_directions(file, tmp_path):
     folder = write_folder(tmp_path / "in", "padded")
-    added = {"<|im_start|>": 2048, "<|im_end|>": 2049}
     if file == "tokenizer_config.json":
-        decoder = {str(token): {"content": text} for text, token in added.items()}
+        decoder = {str(token): {"content": text} for text, token in ADDED.items()}
         decoder |= {"1": {"content": "<s>"}, "2": {"content": "</s>"}}
         edit_json(folder / file, added_tokens_decoder=decoder)
     else:
-        edit_json(folder / file, **added)
+        edit_json(folder / file, **ADDED)
     tokenizer = convert(folder, tmp_path / "out").tokenizer
     text = "<|im_start|>Once upon<|im_end|>"
     ids = tokenizer.encode(text, bos=True, eos=False)
@@ -210,13 +210,12 @@ def test_a_missing_or_damaged_file_of_weights_is_named(sharded):
 
 
 def test_files_of_two_models_are_told_apart_by_the_index(sharded):
-    whole = open_source(sharded, True).weights["output.weight"].read(torch.float32)
+    expected = open_source(sharded, True).weights["output.weight"].read(torch.float32)
     for path in sharded.glob("model-*.safetensors"):
         other = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
         save_file(other, sharded / path.name.replace("of-0", "of-9"))
-    assert torch.equal(
-        open_source(sharded, True).weights["output.weight"].read(torch.float32), whole
-    )
+    found = open_source(sharded, True).weights["output.weight"].read(torch.float32)
+    assert torch.equal(found, expected)
     (sharded / "model.safetensors.index.json").unlink()
     assert "two models" in refusal(sharded)
 
