@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, random_weights, write_shards
+from conftest import TOKENIZER, load, random_weights, write_shards
 
 import llama
 from llama.lookup import PromptLookup
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> llama.LLaMA:
-    return llama.load(folder, TOKENIZER)
+    return load(folder)
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, PENALIZED, PENALIZED | GREEDY])
@@ -49,7 +49,7 @@ def test_guesses_do_not_lead_beyond_max_gen_len_or_the_context(folder, model):
     assert [model.generate(PROMPTS[0], n, 0, prompt_lookup=64)[0] for n in range(70)] == plain
     n_prompt = len(model.tokenizer.encode(PROMPTS[0], bos=True, eos=False))
     for n in (50, 53, 57):
-        short = llama.load(folder, TOKENIZER, max_seq_len=n_prompt + n)
+        short = load(folder, max_seq_len=n_prompt + n)
         assert short.generate(PROMPTS[0], 100, 0, prompt_lookup=64) == [plain[n]]
 
 
@@ -64,7 +64,7 @@ def test_an_end_of_sequence_token_among_the_guesses_ends_the_text(model, n):
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
 def test_a_chat_says_the_same_with_guesses_and_without(folder, options):
-    model = llama.load(folder, TOKENIZER, max_seq_len=128)  # so short that turns are evicted
+    model = load(folder, max_seq_len=128)  # so short that turns are evicted
     talks = []
     for prompt_lookup in (16, 0):
         sampling = llama.Sampling(50, **options, prompt_lookup=prompt_lookup)
@@ -104,17 +104,11 @@ def test_a_draft_is_what_followed_the_longest_most_recent_match():
 
 
 def test_drafts_grow_after_success_and_stop_for_a_while_after_failure():
-    tokens = [*range(20), 0, 1, 2]
-    lookup = PromptLookup(8)
+    lookup, tokens = PromptLookup(8), [*range(20), 0, 1, 2]
     assert len(lookup.draft(tokens)) == 4
-    lookup.adapt(4, 3)
-    assert len(lookup.draft(tokens)) == 3
-    lookup.adapt(3, 3)
-    assert len(lookup.draft(tokens)) == 6
-    lookup.adapt(6, 6)
-    assert len(lookup.draft(tokens)) == 8
-    lookup.adapt(8, 0)
-    assert 0 < len(lookup.draft(tokens)) < 4  # one may be chance
+    for n_drafted, n_accepted, expected in ((4, 3, 3), (3, 3, 6), (6, 6, 8), (8, 0, 2)):
+        lookup.adapt(n_drafted, n_accepted)
+        assert len(lookup.draft(tokens)) == expected  # one failure may be chance
     n_pauses = []
     for _ in range(8):
         lookup.adapt(2, 0)
@@ -123,5 +117,3 @@ def test_drafts_grow_after_success_and_stop_for_a_while_after_failure():
             n_pauses[-1] += 1
     assert n_pauses[0] > 0
     assert n_pauses == sorted(n_pauses) and n_pauses[-1] == n_pauses[-2] < 100
-    lookup.adapt(2, 1)
-    assert lookup.draft(tokens)

@@ -7,7 +7,7 @@ import torch
 from conftest import (
     GROUPED,
     PARAMS,
-    TOKENIZER,
+    load,
     random_weights,
     relative_error,
     write_shards,
@@ -36,7 +36,7 @@ def state(params) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def model(params, state, tmp_path_factory) -> llama.Transformer:
     folder = write_shards(tmp_path_factory.mktemp("model"), state, 1, params)
-    return llama.load(folder, TOKENIZER).model
+    return load(folder).model
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_evicted_positions_leave_no_trace_in_a_model_of_one_layer(tmp_path):
     # With more layers, what remains has attended to what was evicted.
     params = GROUPED | {"n_layers": 1}
     weights = random_weights(params=params)
-    model = llama.load(write_shards(tmp_path, weights, 1, params), TOKENIZER).model
+    model = load(write_shards(tmp_path, weights, 1, params)).model
     cache = model.new_cache(150)
     logits_of(model, LONG[:150], 0, cache)
     model.evict(cache, 10, 75, 150)

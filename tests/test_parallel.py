@@ -2,149 +2,199 @@
 
 import os
 import re
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEMO, ROOT, TOKENIZER, relative_error, write_shards
+from conftest import (
+    DEMO,
+    ROOT,
+    TOKENIZER,
+    load,
+    printed,
+    python,
+    relative_error,
+    write_shards,
+)
 
 import llama
 from llama.merge import open_source, write_merged
 from llama.parallel import init_distributed
 
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
+REPEATING = "the cat sat. the cat sat. the cat sat. the cat"
 # So many that errors average out: those of two sequences differ by a tenth and more by chance.
 TOKENS = torch.randint(3, 2000, (16, 24), generator=torch.Generator().manual_seed(1))
-SHOT = {"max_gen_len": 8, "temperature": 0}
-FLAGS = [f"--{name}={value}" for name, value in SHOT.items()]
-REPEATING = "the cat sat. the cat sat. the cat sat. the cat"
+CASES = [  # folder, dtype, quantize
+    ("1 shards", "float32", None),
+    ("2 shards", "float32", None),
+    ("8 shards", "float32", None),
+    ("2 shards merged", "float32", None),
+    ("demo", "float32", None),
+    ("2 shards", "bfloat16", None),
+    ("demo", "bfloat16", None),
+    ("8 shards", "float32", "int8"),
+    ("demo", "float32", "int8"),
+    ("8 shards", "bfloat16", "int4"),
+    ("demo", "bfloat16", "int4"),
+    ("demo int8", "float32", None),
+    ("demo int4", "float32", None),
+    ("2 shards int4", "float32", None),
+]
+SMALL_GROUPS = [CASES[9], CASES[13]]  # 4 ranks would have 32 inputs of wo: half a group
 
 
-def run_cases(cases: dict[str, tuple[str, str, str | None]]) -> dict:
-    """What this process, one rank or alone, makes of each (folder, dtype, quantize)."""
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, weights) -> Path:
+    """Folders of the same weights in 1, 2 and 8 shards and merged; of the demo; and quantized."""
+    root = tmp_path_factory.mktemp("parallel")
+    for n_shards in (1, 2, 8):
+        write_shards(root / f"{n_shards} shards", weights, n_shards)
+    (root / "demo").symlink_to(DEMO)
+    for name in ("2 shards merged", "2 shards int4", "demo int8", "demo int4"):
+        source, kind = name.rsplit(" ", 1)
+        quantize = None if kind == "merged" else kind
+        write_merged(open_source(root / source, True), root / name, quantize=quantize)
+    return root
+
+
+def run_cases(root: Path) -> dict[tuple, dict | str]:
+    """What this process, one rank or alone, makes of each case; the error if it is refused."""
     found = {}
-    for name, (folder, dtype, quantize) in cases.items():
-        torch.set_default_dtype(getattr(torch, dtype))
+    for case in CASES:
+        folder, dtype, quantize = case
         try:
-            run = llama.load(folder, TOKENIZER, quantize=quantize)
+            run = load(root / folder, dtype, quantize=quantize)
         except llama.UserError as error:
-            found[name] = str(error)
+            found[case] = str(error)
             continue
-        finally:
-            torch.set_default_dtype(torch.float32)
         texts = run.generate(PROMPTS, 12, temperature=0, prompt_lookup=0)
-        looked_up = run.generate(REPEATING, 12, temperature=0, prompt_lookup=8)
-        drawn = run.generate(PROMPTS, 6, temperature=1)
-        found[name] = {"texts": [*texts, *looked_up], "drawn": drawn}
-        found[name] |= {"logits": run.model(TOKENS, 0), "bytes": run.weight_bytes}
-        embedding = run.model.tok_embeddings.state_dict().values()
-        found[name]["bytes"] -= sum(tensor.nbytes for tensor in embedding)
+        texts += run.generate(REPEATING, 12, temperature=0, prompt_lookup=8)
+        embedding = run.model.tok_embeddings.state_dict().values()  # which every rank has
+        found[case] = {
+            "texts": texts,
+            "drawn": run.generate(PROMPTS, 6, temperature=1),
+            "logits": run.model(TOKENS, 0),
+            "bytes": run.weight_bytes - sum(tensor.nbytes for tensor in embedding),
+        }
     return found
 
 
-def python(*args: object, within: Sequence[str] = (), **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*within, sys.executable, *map(str, args)],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-    )
-
-
-def torchrun(n_ranks: int, script: Path, *args: object, **environment: str) -> subprocess.Popen:
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}")
-    return python(*launcher, script, *args, **environment)
-
-
-def error_lines(errors: str) -> list[str]:
-    return [line for line in errors.splitlines() if line.startswith("error: ")]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, weights) -> dict[str, Path]:
-    """The same weights in 1, 2 and 8 shards and merged; the demo, as it is and quantized."""
-    root = tmp_path_factory.mktemp("parallel")
-    folders = {f"{n} shards": write_shards(root / str(n), weights, n) for n in (1, 2, 8)}
-    folders["demo"] = DEMO
-    for name in ("2 shards None", "2 shards int4", "demo int8", "demo int4"):
-        source, quantize = name.rsplit(" ", 1)
-        folders[name], checkpoint = root / name, open_source(folders[source], copy_files=True)
-        write_merged(checkpoint, folders[name], quantize=None if quantize == "None" else quantize)
-    return folders
+def alone(root) -> dict:
+    return run_cases(root)
 
 
-@pytest.fixture(scope="module")
-def cases(folders) -> dict[str, tuple[str, str, str | None]]:
-    """Folder, dtype and quantization of what is run, by name."""
-    cases = {
-        f"{name}, {dtype}, {quantize}": (str(folders[name]), dtype, quantize)
-        for names, dtype, quantize in (
-            (("1 shards", "2 shards", "8 shards", "2 shards None", "demo"), "float32", None),
-            (("2 shards", "demo"), "bfloat16", None),
-            (("8 shards", "demo"), "float32", "int8"),
-            (("8 shards", "demo"), "bfloat16", "int4"),
-            (("demo int8", "demo int4"), "float32", None),
-        )
-        for name in names
-    }
-    return cases | {"small groups": (str(folders["2 shards int4"]), "float32", None)}
-
-
-@pytest.fixture(scope="module")
-def alone(cases) -> dict:
-    return run_cases(cases)
+def torchrun(n_ranks: int, script: Path, *args: object) -> list[object]:
+    """Arguments of Python that start the ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    return [*launcher, script, *args]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, cases, tmp_path_factory) -> list[dict]:
+def ranks(request, root, tmp_path_factory) -> list[dict]:
     """What each of 2 and of 4 ranks found, case by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.save(cases, folder / "cases")
-    process = torchrun(request.param, Path(__file__), folder)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    folder, environment = tmp_path_factory.mktemp("ranks"), os.environ | {"PYTHONPATH": str(ROOT)}
+    command = torchrun(request.param, Path(__file__), root, folder)
+    done = python(*command, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"found.{rank}") for rank in range(request.param)]
 
 
 def test_greedy_text_is_that_of_one_process_from_any_files(ranks, alone):
-    for name in alone:
-        if "float32, None" in name and "int" not in name:
-            for rank in ranks:
-                assert rank[name]["texts"] == alone[name]["texts"], name
+    for case in CASES[:5]:
+        for rank in ranks:
+            assert rank[case]["texts"] == alone[case]["texts"], case
 
 
 def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alone):
-    refused = [name for name, found in ranks[0].items() if isinstance(found, str)]
-    small_groups = ["8 shards, bfloat16, int4", "small groups"]  # 32 inputs of wo: half a group
-    assert refused == (small_groups if len(ranks) == 4 else [])
-    assert all("attention.wo.groups" in ranks[0][name] for name in refused)
-    for name, found in ranks[0].items():
-        if name not in small_groups:
-            exact = alone[f"{'demo' if 'demo' in name else '1 shards'}, float32, None"]["logits"]
+    refused = [case for case, found in ranks[0].items() if isinstance(found, str)]
+    assert refused == (SMALL_GROUPS if len(ranks) == 4 else [])
+    assert all("attention.wo.groups" in ranks[0][case] for case in refused)
+    for case, found in ranks[0].items():
+        if case not in SMALL_GROUPS:
+            exact = alone["demo" if "demo" in case[0] else "1 shards", "float32", None]["logits"]
             error = relative_error(found["logits"], exact)
-            assert error < 1.15 * relative_error(alone[name]["logits"], exact) + 1e-5, name
+            assert error < 1.15 * relative_error(alone[case]["logits"], exact) + 1e-5, case
 
 
 def test_every_rank_holds_its_part(ranks, alone):
-    for name, whole in alone.items():
-        # The largest part of 5 heads, or of 8 and of 6 times 64 inputs of w2.
-        of_demo, of_other = {2: (3 / 5, 1 / 2), 4: (2 / 5, 2 / 6)}[len(ranks)]
-        largest = of_demo if "demo" in name else of_other
-        for found in (rank[name] for rank in ranks if isinstance(rank[name], dict)):
+    # The largest part of 5 heads, or of 8 and of 6 times 64 inputs of w2.
+    of_demo, of_other = {2: (3 / 5, 1 / 2), 4: (2 / 5, 2 / 6)}[len(ranks)]
+    for case, whole in alone.items():
+        largest = of_demo if "demo" in case[0] else of_other
+        for found in (rank[case] for rank in ranks if isinstance(rank[case], dict)):
             # Every rank has norms, scales of rows, directions and corrections.
-            assert found["bytes"] < whole["bytes"] * largest + 5e4, name
+            assert found["bytes"] < whole["bytes"] * largest + 5e4, case
 
 
 def test_ranks_draw_the_same_text_without_a_seed(ranks):
-    for name, found in ranks[0].items():
+    for case, found in ranks[0].items():
         if isinstance(found, dict):
-            assert all(rank[name]["drawn"] == found["drawn"] for rank in ranks)
+            assert all(rank[case]["drawn"] == found["drawn"] for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def flags(root) -> list[object]:
+    folder = root / "2 shards"
+    return [
+        "--ckpt_dir",
+        folder,
+        "--tokenizer_path",
+        TOKENIZER,
+        "--temperature=0",
+        "--max_gen_len=8",
+    ]
+
+
+def test_rank_0_reads_and_prints_without_numpy(root, flags, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No numpy')")
+    command = torchrun(2, ROOT / "example-cpu.py", "-", *flags)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = python(*command, env=environment, input=PROMPTS[0], text=True)
+    assert done.stdout == printed(root / "2 shards", PROMPTS[:1], 8), done.stderr
+    assert done.stderr.count("loaded in") == 1
+
+
+def test_two_launchers_as_on_two_machines_run_one_model(root, flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"]
+    command = [sys.executable, *launcher, f"--rdzv_endpoint=localhost:{port}"]
+    command = [*map(str, [*command, ROOT / "example-cpu.py", *PROMPTS, *flags])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert sorted(out for out, _ in ends) == ["", printed(root / "2 shards", PROMPTS, 8)]
+
+
+def error_lines(errors: str) -> list[str]:
+    return re.findall("^error: .*", errors, re.MULTILINE)
+
+
+def error_of_ranks(n_ranks: int, *args: object) -> str:
+    """The error that the ranks end with: printed once, and nothing on stdout."""
+    done = python(*torchrun(n_ranks, ROOT / "example-cpu.py", *args), text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = error_lines(done.stderr)
+    return line
+
+
+def test_more_ranks_than_heads_of_keys_are_refused():
+    error = error_of_ranks(6, "--ckpt_dir", DEMO)
+    assert re.match(r"error: 6 ranks cannot divide .*attention.*5 heads: start fewer", error)
+
+
+def test_an_error_of_rank_0_alone_ends_all_and_is_filtered():
+    line = error_of_ranks(2, "--prompt_file", "a\n\x1b[31mred")
+    assert "red" in line and "\x1b" not in line
 
 
 def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
@@ -156,127 +206,27 @@ def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
     return pids
 
 
-@pytest.fixture(scope="module")
-def shot(folders) -> tuple[list, str]:
-    """Arguments of example-cpu.py, and what it prints for PROMPTS when it is one process."""
-    folder = folders["2 shards"]
-    texts = llama.load(folder, TOKENIZER).generate(PROMPTS, **SHOT)
-    args = ["--ckpt_dir", folder, "--tokenizer_path", TOKENIZER, *FLAGS]
-    return [*PROMPTS, *args], "".join(f"{text}\n\n{'=' * 34}\n\n" for text in texts)
-
-
-def test_rank_0_reads_and_prints_without_numpy(shot, tmp_path):
-    (tmp_path / "numpy").mkdir()
-    (tmp_path / "numpy" / "__init__.py").write_text("raise ModuleNotFoundError('No numpy')")
-    args, expected = shot
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    first, _, _ = expected.partition("=" * 34)  # the first prompt's
-    process = torchrun(2, ROOT / "example-cpu.py", "-", *args[len(PROMPTS) :], PYTHONPATH=path)
-    printed, errors = process.communicate(PROMPTS[0], timeout=300)
-    assert printed == f"{first}{'=' * 34}\n\n", errors
-    assert errors.count("loaded in") == 1
-
-
-def error_of_ranks(n_ranks: int, *args: object) -> str:
-    """The error that the ranks end with: printed once, and nothing on stdout."""
-    process = torchrun(n_ranks, ROOT / "example-cpu.py", *args)
-    printed, errors = process.communicate(timeout=300)
-    assert (process.returncode, printed) == (1, "")
-    [line] = error_lines(errors)
-    return line
-
-
-def test_more_ranks_than_heads_of_keys_are_refused():
-    error = error_of_ranks(6, "--ckpt_dir", DEMO)
-    assert re.match(r"error: 6 ranks cannot divide .*attention.*5 heads: start fewer", error)
-
-
-def test_an_error_of_ranks_is_filtered(tmp_path):
-    state = torch.load(DEMO / "consolidated.00.pth")
-    torch.save(state | {"a\n\x1b[31mred.b": torch.ones(3)}, tmp_path / "consolidated.00.pth")
-    shutil.copy(DEMO / "params.json", tmp_path)
-    line = error_of_ranks(2, "--ckpt_dir", tmp_path, "--tokenizer_path", TOKENIZER)
-    assert "red.b" in line
-    assert "\x1b" not in line
-
-
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(folders, killed):
-    folder = folders["2 shards"]
-    sampling = llama.Sampling(**SHOT)
-    chat = llama.Chat(llama.load(folder, TOKENIZER), llama.STYLES["complete"], None, sampling)
-    expected = ["".join(chat.reply(line)) for line in ("Hi", "And you?")]
-    chat.reset()
-    expected.append("".join(chat.reply("Hi")))
-    args = ["--ckpt_dir", folder, "--tokenizer_path", TOKENIZER, "--style", "complete", *FLAGS]
-    process = torchrun(2, ROOT / "example-chat.py", *args)
-    process.stdin.write("Hi\nAnd you?\n/reset\nHi\n")
+def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, flags, killed):
+    sampling = llama.Sampling(8, temperature=0)
+    chat = llama.Chat(load(root / "2 shards"), llama.STYLES["complete"], None, sampling)
+    expected = "".join("".join(chat.reply(line)) + "\n" for line in ("Hi", "And you?"))
+    command = torchrun(2, ROOT / "example-chat.py", "--style", "complete", *flags)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+        text=True,
+    )
+    process.stdin.write("Hi\n/reset\nAnd you?\n")
     process.stdin.flush()
-    n_lines = "\n".join(expected).count("\n") + 1
-    assert "".join(process.stdout.readline() for _ in range(n_lines)) == "\n".join(expected) + "\n"
+    assert "".join(process.stdout.readline() for _ in range(expected.count("\n"))) == expected
 
     os.kill(rank_pids(process)[killed], signal.SIGKILL)  # rank 0 waits for a line
     _, errors = process.communicate(timeout=30)
     assert len(error_lines(errors)) == 1
 
 
-@pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Two network namespaces, joined by a cable; 10.231.0.1 and .2."""
-    names = [f"llama{os.getpid()}{side}" for side in "ab"]
-    commands = [f"ip netns add {name}" for name in names]
-    commands += ["ip -n {} link add cable type veth peer name cable netns {}".format(*names)]
-    for i, name in enumerate(names, 1):
-        commands += [f"ip -n {name} address add 10.231.0.{i}/24 dev cable"]
-        commands += [f"ip -n {name} link set {device} up" for device in ("lo", "cable")]
-    try:
-        for command in commands:
-            try:
-                subprocess.run(command.split(), check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-def test_two_hosts_run_one_model(hosts, shot):
-    args, expected = shot
-    launcher = "-m torch.distributed.run --nnodes=2 --rdzv_backend=c10d"
-    processes = []
-    for i, host in enumerate(hosts):  # whose names do not resolve, so that each is told its own
-        place = f"--rdzv_endpoint=10.231.0.1:29400 --rdzv_conf=is_host={1 - i}"
-        command = [*launcher.split(), *place.split(), f"--local_addr=10.231.0.{i + 1}"]
-        command += [ROOT / "example-cpu.py", *args]
-        processes.append(
-            python(*command, within=f"ip netns exec {host} env GLOO_SOCKET_IFNAME=cable".split())
-        )
-    ends = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ends
-    assert sorted(printed for printed, _ in ends) == ["", expected]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [("", "20000 1"), ("GOMP_SPINCOUNT=7", "7 1"), ("OMP_WAIT_POLICY=ACTIVE", "None None")],
-)
-def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(given, expected):
-    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
-    code = f"import os, llama; print(*map(os.environ.get, {names[:2]}))"
-    command = ["env", *(f"-u{name}" for name in names), *given.split(), sys.executable, "-c", code]
-    assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{expected}\n"
-
-
-@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
-def test_a_small_model_runs_on_one_thread_unless_threads_says_otherwise(flags, expected):
-    args = ["--ckpt_dir", DEMO, "--verbose", "--max_gen_len", "1", *flags]
-    process = python(ROOT / "example-cpu.py", "Hi", *args, OMP_NUM_THREADS="2")
-    _, errors = process.communicate(timeout=300)
-    assert f", {expected} threads\n" in errors
-
-
 if __name__ == "__main__":  # one rank of the fixture `ranks`
     with init_distributed():
-        folder = Path(sys.argv[1])
-        torch.save(run_cases(torch.load(folder / "cases")), folder / f"found.{dist.get_rank()}")
+        root, folder = map(Path, sys.argv[1:])
+        torch.save(run_cases(root), folder / f"found.{dist.get_rank()}")

@@ -17,9 +17,8 @@ TEXTS = [
     " a space in front",
     "",
     "🙂",
+    "<s>special tokens</s> as text",
 ]
-
-
 PLAIN = llama.Tokenizer(TOKENIZER)
 EXTENDED = llama.Tokenizer(TOKENIZER, ADDED, eos_ids=[2049])
 
@@ -57,20 +56,7 @@ def test_within_a_text_no_space_is_added_and_none_is_lost():
         assert "".join(PLAIN.decode_stream(ids, within=True)) == text
 
 
-def test_the_text_of_special_tokens_does_not_become_their_ids():
-    ids = EXTENDED.encode("<s>a</s>", bos=False, eos=False)
-    assert not {1, 2} & set(ids)
-    assert EXTENDED.decode(ids) == "<s>a</s>"
-
-
-ADDED_TEXTS = [
-    "<|im_start|>user\nHi there<|im_end|>\n",
-    "a <|im_end|> b",
-    "<|im|>🙂<|im_start|>  c",
-]
-
-
-@pytest.mark.parametrize("text", ADDED_TEXTS)
+@pytest.mark.parametrize("text", ["a <|im_end|> b\n", "<|im_start|>c<|im|>🙂<|im_start|>  c"])
 def test_added_tokens_are_single_ids_both_ways(text):
     ids = EXTENDED.encode(text, bos=True, eos=False)
     rest = text
@@ -78,9 +64,3 @@ def test_added_tokens_are_single_ids_both_ways(text):
         assert ids.count(token) == rest.count(added)
         rest = rest.replace(added, "")
     assert EXTENDED.decode(ids) == text
-
-
-def test_the_ids_of_added_tokens_and_of_ends_are_the_tokenizers():
-    assert (PLAIN.n_words, EXTENDED.n_words) == (2048, 2051)
-    assert PLAIN.eos_ids == {2}
-    assert EXTENDED.eos_ids == {2, 2049}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import PARAMS, TOKENIZER, random_weights, run_code
+from conftest import DEMO, PARAMS, TOKENIZER, random_weights, run_code
 
 import llama
 from llama.system import available_cpus, available_memory
@@ -54,6 +54,9 @@ def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
         assert available_cpus(tmp_path) == expected
 
 
+# Threads
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds to cores")
 def test_a_process_bound_to_one_core_runs_on_one_thread(monkeypatch, tmp_path):
     (tmp_path / "merged.pth").touch()
@@ -70,15 +73,35 @@ print(torch.get_num_threads())
     assert run_code(code, tmp_path) == "1\n"
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
+def test_a_small_model_runs_on_one_thread_unless_threads_says_otherwise(
+    flags, expected, monkeypatch, run_script
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    args = ["Hi", "--ckpt_dir", DEMO, "--verbose", "--max_gen_len", 1, *flags]
+    assert f", {expected} threads\n" in run_script("example-cpu.py", *args, text=True).stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "20000 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 1"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None"),
+    ],
+)
+def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(
+    given, expected, monkeypatch
+):
+    for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = "import os, llama; print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')))"
+    assert run_code(code) == f"{expected}\n"
+
+
 # The check before loading
-
-
-@pytest.fixture
-def free(monkeypatch) -> Callable[[float], None]:
-    """Let so many bytes be free."""
-    return lambda n_bytes: monkeypatch.setattr(
-        psutil, "virtual_memory", lambda: SimpleNamespace(available=int(n_bytes))
-    )
 
 
 CACHE = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # bytes of a position in fp32
@@ -92,7 +115,11 @@ def remedy(folder: Path, max_seq_len: int, **options) -> str:
     return str(caught.value).rpartition(": ")[2]
 
 
-def test_too_little_memory_names_what_would_fit(checkpoint, free):
+def test_too_little_memory_names_what_would_fit(checkpoint, monkeypatch):
+    def free(n_bytes: float) -> None:
+        left = SimpleNamespace(available=int(n_bytes))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
+
     smaller = "use `dtype=bfloat16` or `quantize=int8` or `quantize=int4`"
     free(CACHE * LONG + N_BYTES)
     assert remedy(checkpoint, LONG) == f"{smaller} or `max_seq_len={LONG // 2}`"
