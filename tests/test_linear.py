@@ -30,8 +30,9 @@ OTHER_CPUS = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
-# How far a product may be from the exact one: fp32 and bf16 round sums, int8 and int4 activations.
-BOUNDS = {"float32": 1e-6, "bfloat16": 0.0025, "Int8Linear": 0.01, "Int4Linear": 0.012}
+# How far a token's product may be from the exact one: fp32 and bf16 round sums, int8 and int4
+# activations.
+BOUNDS = {"float32": 1e-6, "bfloat16": 0.003, "Int8Linear": 0.012, "Int4Linear": 0.015}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -72,7 +73,10 @@ def exact(layer: QuantizedLinear, x: Tensor, rounded: bool = False) -> Tensor:
 
 
 def measure() -> Iterator[tuple[str, str, float]]:
-    """Every layer that runs here, the case, and how far its product is from that in fp64."""
+    """Every layer that runs here, the case, and how far its product is from that in fp64.
+
+    The tokens are of all sizes, so that one that coarsened the others would show.
+    """
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         kind, weight = str(dtype).removeprefix("torch."), normal(*shape)
         w = weight.to(dtype)
@@ -84,12 +88,13 @@ def measure() -> Iterator[tuple[str, str, float]]:
             stored = quantized(cls, weight)
             layers.append((prepared(cls, weight), cls.__name__, partial(exact, stored)))
         for n_tokens in N_TOKENS:
-            x = normal(n_tokens, shape[1], seed=2).to(dtype)
+            sizes = torch.logspace(-3, 3, n_tokens)[:, None]
+            x = (normal(n_tokens, shape[1], seed=2) * sizes).to(dtype)
             for layer, name, expected in layers:
                 y = layer(x)
                 assert (y.dtype, y.shape) == (dtype, (n_tokens, shape[0])), layer
                 case = f"{type(layer).__name__} {kind}, {shape}, {n_tokens} tokens"
-                yield name, case, relative_error(y, expected(x))
+                yield name, case, max(map(relative_error, y, expected(x)))
 
 
 def wrong(found: Iterable) -> list:
@@ -117,15 +122,6 @@ def test_int8_rounds_each_token_to_one_scale_and_nothing_else(n_tokens):
     weight, x = normal(128, 256), normal(n_tokens, 256, seed=2)
     expected = exact(quantized(Int8Linear, weight), x, rounded=True)
     assert relative_error(prepared(Int8Linear, weight)(x), expected) < 1e-5
-
-
-@pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
-@pytest.mark.parametrize("n_tokens", [3, 100])
-def test_a_large_token_does_not_coarsen_the_others(cls, n_tokens):
-    weight, x = normal(128, 256), normal(n_tokens, 256, seed=2)
-    x *= torch.logspace(-3, 3, n_tokens)[:, None]
-    for row, expected in zip(prepared(cls, weight)(x), exact(quantized(cls, weight), x)):
-        assert relative_error(row, expected) < 0.02
 
 
 @pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
