@@ -1,10 +1,12 @@
 """Ctrl-C, streams that are closed or full, memory and threads that end."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, python, run_code, write_zeros
@@ -12,48 +14,35 @@ from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, python, run_cod
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
 
 
-# Ctrl-C. What stands for it is sent at a call of PyTorch's that every stage has to make.
+# Ctrl-C
 
-INTERRUPT = """
-import os, runpy, signal, sys
-stage, script, *arguments = sys.argv[1:]
-sys.argv = [script, *arguments]
-sys.path.insert(0, os.path.dirname(script))
-def interrupted(function):
-    def interrupt(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        return function(*args, **kwargs)
-    return interrupt
-class Finder:
+
+@pytest.mark.parametrize(("script", "prompt"), [("example-cpu.py", "-"), ("example-chat.py", "")])
+def test_ctrl_c_ends_in_130_without_a_traceback(flags, script, prompt):
+    flags = [*flags, "--max_seq_len", "20000", "--max_gen_len", "19000"]
+    command = [sys.executable, ROOT / script, *prompt, *flags]
+    with subprocess.Popen(command, **dict.fromkeys(("stdin", "stdout", "stderr"), PIPE)) as process:
+        process.stdin.write(b"Hello\n")
+        process.stdin.close()
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+
+
+def test_ctrl_c_while_pytorch_is_imported_does_too():
+    code = """
+import os, signal, sys
+class Interrupt:
     def find_spec(name, path, target=None):
         if name == "torch.nn":
             os.kill(os.getpid(), signal.SIGINT)
-if stage == "import":
-    sys.meta_path.insert(0, Finder)
-else:
-    import torch, torch.nn.functional
-    torch.save = interrupted(torch.save)  # while merging
-    torch.nn.functional.rms_norm = interrupted(torch.nn.functional.rms_norm)
-runpy.run_path(script, run_name="__main__")
+sys.meta_path.insert(0, Interrupt)
+import llama
 """
-
-
-@pytest.mark.parametrize(
-    ("stage", "script"),
-    [
-        ("import", "example-cpu.py"),
-        ("run", "example-cpu.py"),
-        ("run", "example-chat.py"),
-        ("run", "merge-weights.py"),
-    ],
-)
-def test_ctrl_c_ends_in_130_without_a_traceback(checkpoint, flags, tmp_path, stage, script):
-    options = ["--input_dir", checkpoint] if script == "merge-weights.py" else flags
-    command = ["-c", INTERRUPT, stage, ROOT / script, *options]
-    result = python(*command, cwd=tmp_path, input=b"Hello\n")
-    assert result.returncode == 130, result.stderr
-    assert b"Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 # Streams
@@ -72,7 +61,7 @@ def test_a_stream_that_is_closed_stands_for_an_empty_one(checkpoint, flags, tmp_
 
 def test_a_reader_that_leaves_ends_the_run_quietly(flags):
     command = [sys.executable, ROOT / "example-cpu.py", "Hello\n", *flags, "--max_gen_len", "400"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE) as process:
         assert process.stdout.readline() == b"Hello\n"
         process.stdout.close()
         errors = process.stderr.read()

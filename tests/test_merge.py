@@ -1,5 +1,6 @@
 """merge-weights.py and llama.merge: shards into one file, and nothing else when that fails."""
 
+import itertools
 import os
 import re
 import shutil
@@ -7,20 +8,12 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    DEMO,
-    TOKENIZER,
-    error_line,
-    printed,
-    python,
-    run_code,
-    write_shards,
-    write_zeros,
-)
+from conftest import DEMO, TOKENIZER, error_line, load, printed, run_code, write_shards, write_zeros
 
 import llama
 from llama.merge import Source, open_source, write_merged
@@ -164,30 +157,25 @@ def test_weights_never_lie_beside_another_models_params(checkpoint, tmp_path, mo
 # A merge that fails
 
 
-KILLED = """
-import os, pathlib, signal, sys
-sys.path.insert(0, "tests")
-from test_merge import hooked, write_merged
-folder, out = map(pathlib.Path, sys.argv[1:])
-n_read = []
-def kill():
-    n_read.append(1)
-    if len(n_read) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-write_merged(hooked(folder, kill), out, overwrite=True)
-"""
+def merge_and_die(folder: Path, out: Path) -> None:
+    """What happens to a process that is killed when it reads the third weight."""
+    n_reads = itertools.count(1)
+    kill = lambda: next(n_reads) == 3 and os.kill(os.getpid(), signal.SIGKILL)
+    write_merged(hooked(folder, kill), out, overwrite=True)
 
 
 def test_a_merge_that_is_killed_leaves_nothing_that_matters(checkpoint, tmp_path):
     """Its partial file is neither read by anything nor in the way of the next run."""
     target = tmp_path / "merged.pth"
     target.write_text("mine")
-    assert python("-c", KILLED, checkpoint, tmp_path).returncode == -signal.SIGKILL
-    assert target.read_text() == "mine"
+    process = get_context("spawn").Process(target=merge_and_die, args=(checkpoint, tmp_path))
+    process.start()
+    process.join()
+    assert (process.exitcode, target.read_text()) == (-signal.SIGKILL, "mine")
     [partial] = (path.name for path in tmp_path.iterdir() if path != target)
     assert re.fullmatch(r"\.merged\.pth\.\w+\.partial", partial)
     write_merged(open_source(checkpoint, True), tmp_path, overwrite=True)
-    assert llama.load(tmp_path, TOKENIZER).generate("Once", 2)
+    assert load(tmp_path).generate("Once", 2)
 
 
 @pytest.mark.parametrize("n_bytes", [1000, 1_500_000])

@@ -4,14 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    GROUPED,
-    PARAMS,
-    load,
-    random_weights,
-    relative_error,
-    write_shards,
-)
+from conftest import GROUPED, PARAMS, load, random_weights, relative_error, write_shards
 from peers import to_transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile

@@ -2,25 +2,16 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (
-    DEMO,
-    ROOT,
-    TOKENIZER,
-    load,
-    printed,
-    python,
-    relative_error,
-    write_shards,
-)
+from conftest import DEMO, ROOT, TOKENIZER, load, printed, python, relative_error, write_shards
 
 import llama
 from llama.merge import open_source, write_merged
@@ -96,6 +87,11 @@ def torchrun(n_ranks: int, script: Path, *args: object) -> list[object]:
     return [*launcher, script, *args]
 
 
+def start(command: list[object]) -> subprocess.Popen:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, text=True)
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, root, tmp_path_factory) -> list[dict]:
     """What each of 2 and of 4 ranks found, case by case."""
@@ -141,15 +137,8 @@ def test_ranks_draw_the_same_text_without_a_seed(ranks):
 
 @pytest.fixture(scope="module")
 def flags(root) -> list[object]:
-    folder = root / "2 shards"
-    return [
-        "--ckpt_dir",
-        folder,
-        "--tokenizer_path",
-        TOKENIZER,
-        "--temperature=0",
-        "--max_gen_len=8",
-    ]
+    flags = ["--tokenizer_path", TOKENIZER, "--temperature", 0, "--max_gen_len", 8]
+    return ["--ckpt_dir", root / "2 shards", *flags]
 
 
 def test_rank_0_reads_and_prints_without_numpy(root, flags, tmp_path):
@@ -166,10 +155,8 @@ def test_two_launchers_as_on_two_machines_run_one_model(root, flags):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"]
-    command = [sys.executable, *launcher, f"--rdzv_endpoint=localhost:{port}"]
-    command = [*map(str, [*command, ROOT / "example-cpu.py", *PROMPTS, *flags])]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    command = [*launcher, f"--rdzv_endpoint=localhost:{port}", ROOT / "example-cpu.py"]
+    processes = [start([*command, *PROMPTS, *flags]) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert sorted(out for out, _ in ends) == ["", printed(root / "2 shards", PROMPTS, 8)]
@@ -197,13 +184,9 @@ def test_an_error_of_rank_0_alone_ends_all_and_is_filtered():
     assert "red" in line and "\x1b" not in line
 
 
-def rank_pids(launcher: subprocess.Popen) -> dict[int, int]:
-    """Process ids of a torchrun's ranks."""
-    pids = {}
-    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        pids |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith("RANK=")}
-    return pids
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    children = psutil.Process(launcher).children()
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -212,16 +195,12 @@ def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, flag
     chat = llama.Chat(load(root / "2 shards"), llama.STYLES["complete"], None, sampling)
     expected = "".join("".join(chat.reply(line)) + "\n" for line in ("Hi", "And you?"))
     command = torchrun(2, ROOT / "example-chat.py", "--style", "complete", *flags)
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
-        text=True,
-    )
+    process = start(command)
     process.stdin.write("Hi\n/reset\nAnd you?\n")
     process.stdin.flush()
     assert "".join(process.stdout.readline() for _ in range(expected.count("\n"))) == expected
 
-    os.kill(rank_pids(process)[killed], signal.SIGKILL)  # rank 0 waits for a line
+    rank_process(process.pid, killed).kill()  # rank 0 waits for a line
     _, errors = process.communicate(timeout=30)
     assert len(error_lines(errors)) == 1
 

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    DEMO,
-    PARAMS,
-    TOKENIZER,
-    load,
-    random_weights,
-    relative_error,
-    write_shards,
-)
+from conftest import DEMO, PARAMS, TOKENIZER, load, random_weights, relative_error, write_shards
 from test_linear import dequantized, normal, quantized
 
 import llama

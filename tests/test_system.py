@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import DEMO, PARAMS, TOKENIZER, random_weights, run_code
+import torch
+from conftest import PARAMS, TOKENIZER, python, random_weights
 
 import llama
+from llama.cli import set_threads
 from llama.system import available_cpus, available_memory
 
 
@@ -57,29 +59,24 @@ def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
 # Threads
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds to cores")
-def test_a_process_bound_to_one_core_runs_on_one_thread(monkeypatch, tmp_path):
-    (tmp_path / "merged.pth").touch()
-    os.truncate(tmp_path / "merged.pth", 2**30)  # a large model
-    code = """
-import os, pathlib, sys, torch
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-from llama import cli
-torch.set_num_threads(4)
-cli.set_threads(None, pathlib.Path(sys.argv[1]))
-print(torch.get_num_threads())
-"""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert run_code(code, tmp_path) == "1\n"
-
-
-@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
-def test_a_small_model_runs_on_one_thread_unless_threads_says_otherwise(
-    flags, expected, monkeypatch, run_script
+@pytest.mark.parametrize(
+    ("n_cores", "n_bytes", "flag", "expected"),
+    [(2, 2**30, None, 2), (1, 2**30, None, 1), (2, 10**6, None, 1), (2, 10**6, 3, 3)],
+)
+def test_threads_follow_the_flag_or_the_size_of_the_model_and_the_cores(
+    n_cores, n_bytes, flag, expected, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    args = ["Hi", "--ckpt_dir", DEMO, "--verbose", "--max_gen_len", 1, *flags]
-    assert f", {expected} threads\n" in run_script("example-cpu.py", *args, text=True).stderr
+    (tmp_path / "merged.pth").touch()
+    os.truncate(tmp_path / "merged.pth", n_bytes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cores)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        set_threads(flag, tmp_path)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +87,11 @@ def test_a_small_model_runs_on_one_thread_unless_threads_says_otherwise(
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None"),
     ],
 )
-def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(
-    given, expected, monkeypatch
-):
-    for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    code = "import os, llama; print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')))"
-    assert run_code(code) == f"{expected}\n"
+def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(given, expected):
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = f"import os, llama; print(*map(os.environ.get, {names[:2]}))"
+    assert python("-c", code, env=env, text=True).stdout == f"{expected}\n"
 
 
 # The check before loading
