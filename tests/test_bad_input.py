@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -101,21 +100,16 @@ DAMAGES = {
     "the first shard missing": (lambda f: (f / FIRST).unlink(), f"{FIRST} is missing"),
     "the last shard missing": (lambda f: (f / LAST).unlink(), "should be.*a file is missing"),
     "another model's shard": (in_one(norm__weight=SEVENS), "not shards of one mod"),
-    "nothing in it": (lambda f: os.truncate(f / LAST, 0), LAST),
     "cut": (lambda f: os.truncate(f / LAST, 700_000), LAST),
     "a web page": (lambda f: (f / LAST).write_text("<html>404</html>"), LAST),
     "a git-lfs pointer": (lambda f: (f / LAST).write_bytes(LFS), f"{LAST} is a git-lfs pointer"),
     "a FIFO": (lambda f: ((f / LAST).unlink(), os.mkfifo(f / LAST)), "not a regular file"),
     "a list": (lambda f: torch.save([torch.ones(1)], f / LAST), f"{LAST} holds a list"),
-    "no tensors": (lambda f: [torch.save({}, path) for path in f.glob("*.pth")], "tok_embeddings"),
     "a key missing in one": (in_one(output__weight=None), "output.weight differs"),
     "a key missing": (in_both(norm__weight=None), "norm.weight is not there"),
     "a key too many": (in_both(extra__weight=torch.ones(3)), "extra.weight is float"),
     "a wrong shape": (in_both(norm__weight=torch.ones(63)), r"\(63,\).*should be.*\(128,\)"),
     "integers": (in_both(norm__weight=torch.ones(128).int()), "norm.weight is.*int32"),
-    "sparse": (in_both(norm__weight=torch.ones(128).to_sparse()), "norm.weight is.*sparse"),
-    "no data": (in_both(norm__weight=torch.ones(128, device="meta")), "norm.weight is.*meta"),
-    "no elements": (in_both(norm__weight=torch.ones(0)), "norm.weight is empty"),
     "NaN": (in_one(output__weight=NAN), "output.weight.*NaN"),
 }
 
@@ -138,12 +132,9 @@ class Command(str):
         return os.system, (str(self),)
 
 
-@pytest.mark.parametrize("form", ["zip", "pickle"])
-def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path, form):
+def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path):
     attack = {"norm.weight": Command(f"touch {tmp_path}/mark")}
     torch.save(attack, folder / "merged.pth")
-    if form == "pickle":
-        (folder / "merged.pth").write_bytes(pickle.dumps(attack))
     assert "merged.pth is damaged, or holds objects other than tensors" in refusal(folder)
     assert not (tmp_path / "mark").exists()
 
@@ -199,9 +190,3 @@ def test_a_tokenizer_with_a_damaged_byte_is_refused_at_once(tmp_path):
     content[content.index(bytes([0x0A, len(piece)]) + piece) + 1 + len(piece)] = 0xFF
     (tmp_path / "tokenizer.model").write_bytes(content)
     assert "not a valid sentencepiece model" in refusal(DEMO, tmp_path / "tokenizer.model")
-
-
-def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(tmp_path, weights):
-    names = ("tok_embeddings.weight", "output.weight")
-    folder = write_shards(tmp_path, weights | {n: weights[n][:2000].clone() for n in names}, 1)
-    assert re.search("vocab_size is 2000.*2048", refusal(folder))

@@ -49,13 +49,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def new_chat(folder):
-    """Make a chat, with a model that says these texts, with an end after each or without."""
+    """Make a chat, with a model that says these texts."""
 
-    def make(*said: str, style="dialog", system="Kind.", limit=1024, ends=True, **options):
+    def make(*said: str, style="dialog", system="Kind.", limit=1024, **options):
         model = load(folder, max_seq_len=limit).model
         model = llama.LLaMA(model, llama.Tokenizer(TOKENIZER, ADDED))
         if said:
-            ids = [model.tokenizer.encode(text, False, ends, within=True) for text in said]
+            ids = [model.tokenizer.encode(text, False, True, within=True) for text in said]
             model.model.output = Speaker([*chain.from_iterable(ids)])
         style = llama.STYLES[style] if isinstance(style, str) else style
         options = {"max_gen_len": 50, "prompt_lookup": 0 if said else 8, **options}
@@ -121,18 +121,22 @@ def test_only_a_styles_own_text_becomes_special_ids(new_chat):
 
 
 TURNS = {"dialog": "User:", "vicuna": "USER:", "llama2": "[INST]", "zephyr": "<|user|>"}
+BEGINS = "Hello\nUsers love me.\nUse"  # like a turn
+STOPS = [  # style, what the model says, what is shown of it
+    *(
+        (style, f"a {turn} b, {turn} c\n{turn} d", f"a {turn} b, {turn} c")
+        for style, turn in TURNS.items()
+    ),
+    ("dialog", BEGINS, BEGINS),
+    (Style("h{user}:", ""), " well\nhello", "well"),  # "he" is one token
+]
 
 
-@pytest.mark.parametrize("style", TURNS)
-def test_the_users_next_turn_ends_a_reply_at_the_start_of_a_line_only(new_chat, style):
-    said = f"Set DB_{TURNS[style]} admin, and {TURNS[style]} x"
-    chat = new_chat(f"{said}\n{TURNS[style]} more", style=style, ends=False)
-    assert say(chat, "Hi") == [said]
-    assert text_of(chat).endswith(said)
-
-
-def test_text_that_only_begins_like_the_users_next_turn_is_shown(new_chat):
-    assert say(new_chat("Hello\nUsers love me.\nUse"), "Hi") == ["Hello\nUsers love me.\nUse"]
+@pytest.mark.parametrize(("style", "said", "shown"), STOPS)
+def test_the_users_next_turn_ends_a_reply_at_the_start_of_a_line_only(new_chat, style, said, shown):
+    chat = new_chat(said, style=style)
+    assert say(chat, "Hi") == [shown]
+    assert text_of(chat).endswith(shown)
 
 
 def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
@@ -142,13 +146,6 @@ def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
     assert say(chat, "Hi") == ["Hello"]
     assert text_of(chat).endswith("AI:Hello")
     assert f"stopped at `max_gen_len={n_ids}`" in chat.status()
-
-
-def test_a_stop_that_ends_inside_a_token_cuts_the_token(new_chat):
-    chat = new_chat(" well\nhello", style=Style("h{user}:", ""))
-    assert chat.llama.tokenizer.encode("hello", False, False, within=True)[0] == 260  # "he"
-    assert say(chat, "Hi") == ["well"]
-    assert text_of(chat) == "<s>hHi: well"
 
 
 def test_a_reply_that_is_closed_early_is_kept_as_far_as_it_was_shown(new_chat):

@@ -17,7 +17,7 @@ resource = pytest.importorskip("resource", reason="limits are set through POSIX"
 # Ctrl-C
 
 
-@pytest.mark.parametrize(("script", "prompt"), [("example-cpu.py", "-"), ("example-chat.py", "")])
+@pytest.mark.parametrize(("script", "prompt"), [("example-cpu.py", ["-"]), ("example-chat.py", [])])
 def test_ctrl_c_ends_in_130_without_a_traceback(flags, script, prompt):
     flags = [*flags, "--max_seq_len", "20000", "--max_gen_len", "19000"]
     command = [sys.executable, ROOT / script, *prompt, *flags]

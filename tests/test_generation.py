@@ -57,13 +57,6 @@ def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(model):
     assert len(set(alone)) == len(set(PROMPTS))
 
 
-def test_sampled_text_does_not_depend_on_the_other_prompts_of_the_batch(model):
-    options = {"max_gen_len": 20, "temperature": 1.0, "top_p": 1.0, "seed": 3}
-    first, second = model.generate(["Once upon a time", "One day"], **options)
-    assert model.generate("Once upon a time", **options) == [first]
-    assert model.generate(["The end. " * 20, "One day", "a"], **options)[1] == second
-
-
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_more_prompts_than_max_batch_size_run_in_several_batches(checkpoint, model, temperature):
     options = {"max_gen_len": 5, "temperature": temperature, "seed": 1, "prompt_lookup": 0}
@@ -84,13 +77,6 @@ def test_a_sequence_ends_before_a_token_of_eos_ids_and_the_batch_goes_on(model, 
     assert alone[1] == ended.tokenizer.decode(tokens + new[:5])
     assert ended.timings.new_passes == 5  # beside that of the prompt: nothing after the end
     assert ended.generate([PROMPTS[3], PROMPTS[0]], 10, 0) == alone
-
-
-def test_the_context_bounds_prompt_and_continuation_together(checkpoint, peer):
-    model = load(checkpoint, max_seq_len=24)
-    tokens = model.tokenizer.encode("Once upon a time", bos=True, eos=False)
-    expected = tokens + greedy_ids(peer, tokens, 24 - len(tokens))
-    assert model.generate("Once upon a time", 100, 0) == [model.tokenizer.decode(expected)]
 
 
 def test_a_prompt_as_long_as_the_context_is_refused_with_both_lengths(checkpoint):

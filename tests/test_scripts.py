@@ -40,9 +40,10 @@ def test_weights_in_model_are_the_default_and_so_is_the_usual_prompt(run_script,
     folder = write_shards(tmp_path / "model", weights, 2)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 5)
+    done = run_script("example-cpu.py", "--temperature", 0, "--max_gen_len", 5, "--verbose")
     assert done.stdout.decode() == printed(folder, ["I believe the meaning of life is"], 5)
     assert b"demo" not in done.stderr
+    assert b"2 layers" in done.stderr and b" thread" in done.stderr
 
 
 def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):

@@ -69,6 +69,7 @@ def test_threads_follow_the_flag_or_the_size_of_the_model_and_the_cores(
     (tmp_path / "merged.pth").touch()
     os.truncate(tmp_path / "merged.pth", n_bytes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cores)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 4)
     monkeypatch.delenv("OMP_NUM_THREADS")
     before = torch.get_num_threads()
     try:
