@@ -30,9 +30,6 @@ def refusal(folder: Path, tokenizer: Path = TOKENIZER) -> str:
     return str(caught.value)
 
 
-# params.json
-
-
 @pytest.mark.parametrize("text", ["", "[1]", "null", "\xff", "[" * 100_000])
 def test_a_params_json_that_is_not_an_object_is_refused(folder, text):
     (folder / "params.json").write_text(text, encoding="latin-1")
@@ -71,9 +68,6 @@ def test_a_value_that_no_model_has_is_refused(folder, key, values):
         message = refusal(folder)
         assert str(folder) in message, value
         assert key in message or "weight" in message, value
-
-
-# Weights
 
 
 def change(path: Path, **tensors: Tensor | None) -> None:
@@ -145,9 +139,6 @@ def test_an_error_is_one_short_line_without_escape_sequences(run_script):
     message = error_line(result)
     assert "hacked" in message and "\x1b" not in message
     assert len(message) < 520 and result.stderr.count(b"\n") == 1
-
-
-# Folders and tokenizers
 
 
 def test_a_missing_folder_says_which_there_are(tmp_path):

@@ -184,9 +184,7 @@ def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantiz
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), TYPES)
-def test_loading_imports_neither_torchs_compiler_nor_what_it_does_not_use(
-    dtype, quantize, checkpoint
-):
+def test_loading_imports_no_more_than_it_uses(dtype, quantize, checkpoint):
     code = f"{LOAD}\nprint(*sys.modules)"
     modules = set(run_code(code, checkpoint, TOKENIZER, dtype, quantize or "").split())
     assert not modules & {"torch._dynamo", "llama.merge", "llama.huggingface", "llama.parallel"}

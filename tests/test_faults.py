@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE
 
@@ -12,9 +11,6 @@ import pytest
 from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, python, run_code, write_zeros
 
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
-
-
-# Ctrl-C
 
 
 @pytest.mark.parametrize(("script", "prompt"), [("example-cpu.py", ["-"]), ("example-chat.py", [])])
@@ -43,9 +39,6 @@ import llama
 """
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (130, b"")
-
-
-# Streams
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
@@ -77,11 +70,8 @@ def test_a_full_disk_under_stdout_is_one_error_line(run_script, flags, script):
     assert error_line(result).startswith("error: [Errno 28] No space")
 
 
-# Memory and threads
-
-
-def limit(kind: int, value: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(kind, (value, value))
+def limit_memory(n_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +89,7 @@ def test_a_model_beyond_ulimit_v_is_refused_with_the_flags_that_fit(tmp_path, ru
     n_bytes = imported + (folder / "consolidated.00.pth").stat().st_size  # the file is mapped
     result = run_script(
         *("example-cpu.py", "--ckpt_dir", folder, "--tokenizer_path", TOKENIZER),
-        preexec_fn=limit(resource.RLIMIT_AS, n_bytes + 24 * 10**8),
+        preexec_fn=lambda: limit_memory(n_bytes + 24 * 10**8),
     )
     assert error_line(result).endswith("use --quantize int8 or --quantize int4")
 
@@ -108,7 +98,7 @@ def test_memory_that_ends_while_generating_is_one_error_line(flags, run_script, 
     result = run_script(
         *("example-cpu.py", *flags, *["Hello"] * 40),
         *("--max_seq_len", 200_000, "--max_gen_len", 199_000),
-        preexec_fn=limit(resource.RLIMIT_AS, imported + 3 * 10**9),
+        preexec_fn=lambda: limit_memory(imported + 3 * 10**9),
     )
     assert error_line(result).startswith("error: out of memory: ")
 

@@ -38,7 +38,8 @@ def test_the_demo_tells_the_story_of_the_readme(prompt_lookup):
     model, options = load(DEMO), {"temperature": 0, "prompt_lookup": prompt_lookup}
     (story,) = model.generate("Once upon a time", 96, **options)
     assert len(story) > 300
-    assert story in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert " ".join(story.split()) in " ".join(readme.split())
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[3], "The fox and the rabbit. " * 200])

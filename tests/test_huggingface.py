@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import TOKENIZER, relative_error
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceProcessor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import llama
@@ -118,29 +117,21 @@ def test_running_a_folder_that_is_not_converted_says_how_to(tmp_path):
 ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049}
 
 
-def ends_with_added_token(folder: Path, eos_token_id: object, where: str) -> LlamaForCausalLM:
-    """A folder whose model says <|im_end|> after "Once upon a time"."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 2050, "initializer_range": 0.3}))
-    model.config.eos_token_id = None
-    ids = torch.tensor([[1, *SentencePieceProcessor(str(TOKENIZER)).encode("Once upon a time")]])
-    last = model.model(ids).last_hidden_state[0, -1].detach()
-    model.lm_head.weight.data[2049] = last / last.norm() * 50
-    model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink()
-    edit_json(folder / where, eos_token_id=eos_token_id)
-    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    edit_json(folder / "added_tokens.json", **ADDED)
-    return LlamaForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("eos_token_id", "where"),
     [(2049, "config.json"), ([2, 2049], "config.json"), ([2, 2049], "generation_config.json")],
 )
 def test_a_reply_ends_where_transformers_ends_it(eos_token_id, where, tmp_path):
-    peer = ends_with_added_token(tmp_path / "in", eos_token_id, where)
-    llm = convert(tmp_path / "in", tmp_path / "out")
+    folder = write_folder(tmp_path / "in", "padded")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][:, 0] = 1000
+    weights["lm_head.weight"][2049, 0] = 100  # so that <|im_end|> follows each token
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", eos_token_id=None)
+    edit_json(folder / where, eos_token_id=eos_token_id)
+    edit_json(folder / "added_tokens.json", **ADDED)
+    llm, peer = convert(folder, tmp_path / "out"), LlamaForCausalLM.from_pretrained(folder)
     ids = torch.tensor([llm.tokenizer.encode("Once upon a time", bos=True, eos=False)])
     theirs = peer.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
     assert theirs == [2049]

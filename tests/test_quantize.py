@@ -114,15 +114,13 @@ def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     assert relative_error(logits, expected) < bound
 
 
-def test_a_merged_quantized_checkpoint_is_what_is_quantized_at_load(original, stored, scheme):
+def test_quantizing_while_merging_or_from_shards_is_the_same(
+    original, stored, scheme, tmp_path, weights
+):
     expected = load(original, quantize=scheme).model(TOKENS, 0)
+    shards = load(write_shards(tmp_path, weights, 4), quantize=scheme)
+    assert torch.equal(shards.model(TOKENS, 0), expected)
     assert torch.equal(load(stored).model(TOKENS, 0), expected)
-
-
-def test_shards_quantize_to_what_their_whole_does(original, tmp_path, scheme, weights):
-    write_shards(tmp_path, weights, 4)
-    expected = load(original, quantize=scheme).model(TOKENS, 0)
-    assert torch.equal(load(tmp_path, quantize=scheme).model(TOKENS, 0), expected)
 
 
 def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme):

@@ -13,14 +13,9 @@ SCRIPTS = ["example-cpu.py", "example-chat.py", "merge-weights.py"]
 BOM = b"\xef\xbb\xbf"
 
 
-# stdout and stderr
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("prompts", [["Once upon a time", "The end"], ["déjà vu 🙂"]])
-def test_stdout_is_each_prompt_with_its_continuation_and_a_rule(
-    run_script, checkpoint, flags, prompts, dtype
-):
+def test_stdout_is_each_text_and_a_rule(run_script, checkpoint, flags, prompts, dtype):
     done = run_script("example-cpu.py", *prompts, *flags, "--dtype", dtype, "--max_gen_len", 12)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == printed(checkpoint, prompts, 12, dtype)
@@ -54,9 +49,6 @@ def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
     assert errors.count("512 tokens") == 1
 
 
-# Text as people write it
-
-
 @pytest.mark.parametrize("mark", [b"", BOM])
 def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_path, mark):
     """Without a byte order mark and the last newline, and with Windows' line ends as newlines."""
@@ -72,9 +64,6 @@ def test_a_prompt_is_utf_8_in_any_locale_and_what_is_not_is_replaced(run_script,
     prompts = ["déjà vu", os.fsdecode(b"a\xffb")]
     done = run_script("example-cpu.py", *prompts, *flags, "--max_gen_len", 8, env=env)
     assert done.stdout.decode() == printed(checkpoint, ["déjà vu", "a\ufffdb"], 8)
-
-
-# The command line
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--", "--help"]])

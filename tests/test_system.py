@@ -56,16 +56,11 @@ def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
         assert available_cpus(tmp_path) == expected
 
 
-# Threads
-
-
 @pytest.mark.parametrize(
     ("n_cores", "n_bytes", "flag", "expected"),
     [(2, 2**30, None, 2), (1, 2**30, None, 1), (2, 10**6, None, 1), (2, 10**6, 3, 3)],
 )
-def test_threads_follow_the_flag_or_the_size_of_the_model_and_the_cores(
-    n_cores, n_bytes, flag, expected, tmp_path, monkeypatch
-):
+def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypatch):
     (tmp_path / "merged.pth").touch()
     os.truncate(tmp_path / "merged.pth", n_bytes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cores)), raising=False)
@@ -93,9 +88,6 @@ def test_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(given, e
     env = {name: value for name, value in os.environ.items() if name not in names} | given
     code = f"import os, llama; print(*map(os.environ.get, {names[:2]}))"
     assert python("-c", code, env=env, text=True).stdout == f"{expected}\n"
-
-
-# The check before loading
 
 
 CACHE = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # bytes of a position in fp32
