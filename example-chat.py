@@ -103,7 +103,7 @@ def converse(chat: llama.Chat) -> None:
             else:
                 terminal.notice("there is no reply yet")
         elif message.startswith("/"):
-            terminal.notice(f"there is no command {message!r:.60}: /help lists them")
+            terminal.notice(f"there is no command {message:.60}: /help lists them")
         elif message.strip():
             answer(chat, message)
 

@@ -128,6 +128,7 @@ class LLaMA:
                 for tokens in self.extend(contexts, sampling):
                     bar.update(len(tokens))
             texts += [self.tokenizer.decode(context.tokens) for context in contexts]
+            del contexts  # their caches, before the next ones are made
         return texts
 
     def stream(

@@ -151,6 +151,9 @@ def test_a_missing_folder_says_which_there_are(tmp_path):
 
 def test_a_folder_without_weights_is_named(tmp_path):
     assert f"{tmp_path} has no consolidated.*.pth and no merged.pth" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert "download config.json" in refusal(tmp_path)
+    assert "is not a directory" in refusal(tmp_path / "model.safetensors")
 
 
 TOKENIZERS = {

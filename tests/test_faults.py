@@ -94,13 +94,30 @@ def test_a_model_beyond_ulimit_v_is_refused_with_the_flags_that_fit(tmp_path, ru
     assert error_line(result).endswith("use --quantize int8 or --quantize int4")
 
 
-def test_memory_that_ends_while_generating_is_one_error_line(flags, run_script, imported):
+def test_memory_that_ends_is_one_error_line(tmp_path, flags, run_script, imported):
+    (tmp_path / "long.txt").touch()
+    os.truncate(tmp_path / "long.txt", 2 * 10**9)
     result = run_script(
-        *("example-cpu.py", *flags, *["Hello"] * 40),
-        *("--max_seq_len", 200_000, "--max_gen_len", 199_000),
-        preexec_fn=lambda: limit_memory(imported + 3 * 10**9),
+        *("example-cpu.py", *flags, "--prompt_file", "long.txt"),
+        preexec_fn=lambda: limit_memory(imported + 10**9),
     )
     assert error_line(result).startswith("error: out of memory: ")
+
+
+def test_prompts_that_do_not_fit_in_memory_together_run_in_smaller_batches(checkpoint, imported):
+    """32 caches of 0.2 GB each, where 1.5 GB are left. The model ends each text at once."""
+    code = """
+import resource, sys, torch, llama
+model = llama.load(sys.argv[1], sys.argv[2], max_seq_len=100_000)
+class End(torch.nn.Module):
+    def forward(self, hidden):
+        return 1000 * torch.eye(2048)[[model.tokenizer.eos_id] * len(hidden)]
+model.model.output = End()
+n_bytes = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+print(set(model.generate(["Hello"] * 32, 99_000)))
+"""
+    assert run_code(code, checkpoint, TOKENIZER, imported + 15 * 10**8) == "{'Hello'}\n"
 
 
 def test_no_new_threads_end_in_no_traceback():

@@ -12,7 +12,7 @@ from conftest import PARAMS, TOKENIZER, python, random_weights
 
 import llama
 from llama.cli import set_threads
-from llama.system import available_cpus, available_memory
+from llama.system import available_cpus, available_memory, busy_cores
 
 
 @pytest.fixture
@@ -73,6 +73,14 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_cores_of_other_programs_are_all_but_our_own(monkeypatch):
+    times = SimpleNamespace(user=60.0, system=15.0, nice=5.0, idle=20.0)
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda: times)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: 180.0)
+    assert busy_cores() == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize(
