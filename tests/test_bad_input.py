@@ -149,11 +149,19 @@ def test_a_missing_folder_says_which_there_are(tmp_path):
     assert re.search(r"no directory .*30B \(found: 7B, 13B\).*`ckpt_dir`", message)
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
-    assert f"{tmp_path} has no consolidated.*.pth and no merged.pth" in refusal(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    assert "download config.json" in refusal(tmp_path)
-    assert "is not a directory" in refusal(tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("params.json", "set `ckpt_dir`"),
+        ("config.json", "convert it first: python merge-weights.py --input_dir"),
+        ("model.safetensors", "download config.json and tokenizer.model too"),
+    ],
+)
+def test_a_folder_without_metas_weights_says_what_to_do(tmp_path, name, expected):
+    (tmp_path / name).touch()
+    message = refusal(tmp_path)
+    assert f"{tmp_path} has no consolidated.*.pth and no merged.pth" in message
+    assert expected in message
 
 
 TOKENIZERS = {

@@ -236,6 +236,13 @@ def test_retry_takes_the_last_turn_back(new_chat):
     assert text_of(chat) == "<s>Kind.\n\nUser: Hi\nAI: Hello\nUser: How are you?\nAI: Fine"
 
 
+def test_nothing_of_a_turn_that_was_taken_back_is_left(new_chat):
+    chat, other = new_chat(temperature=0), new_chat(temperature=0)
+    say(chat, "Hi", "How are you?")
+    chat.retry()
+    assert say(chat, "Who are you?") == say(other, "Hi", "Who are you?")[1:]
+
+
 def test_retry_of_the_only_turn_that_is_left_writes_the_preamble_once(new_chat):
     message, expected = "One two three", "<s>Kind.\n\nUser: One two three\nAI: Fine"
     chat = new_chat(*[" Fine"] * 3, limit=30)  # space for one turn

@@ -67,9 +67,6 @@ def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
     assert greedy(tmp_path) == greedy(write_shards(tmp_path / "other", other, 1))
 
 
-# Files that torch reads, and that are not as Meta's
-
-
 def views(weights: dict[str, Tensor], path: Path) -> None:
     storage = torch.cat([weight.flatten() for weight in weights.values()])
     parts = storage.split([weight.numel() for weight in weights.values()])
@@ -149,9 +146,6 @@ def test_a_folder_that_is_not_utf_8_is_read_and_written(checkpoint, tmp_path, ru
     assert [os.fsencode(path) for path in tmp_path.iterdir()] == [folder]
     flags = ["--ckpt_dir", os.fsdecode(folder), "--tokenizer_path", TOKENIZER]
     assert run_script("example-cpu.py", *flags, "--max_gen_len", 2).returncode == 0
-
-
-# What loading costs
 
 
 LOAD = """

@@ -105,15 +105,6 @@ def test_the_script_converts_a_folder_where_it_is(tmp_path, run_script):
     assert llama.load(folder).generate("Once", 4)[0].startswith("Once")
 
 
-def test_running_a_folder_that_is_not_converted_says_how_to(tmp_path):
-    folder = write_folder(tmp_path)
-    with pytest.raises(llama.UserError, match=f"python merge-weights.py --input_dir {folder}"):
-        llama.load(folder)
-
-
-# Tokens beyond the tokenizer's, and ends
-
-
 ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049}
 
 
@@ -152,9 +143,6 @@ def test_added_tokens_are_one_id_in_both_directions(file, tmp_path):
     assert (ids[:2], ids[-1]) == ([1, 2048], 2049)
     assert tokenizer.decode(ids) == text
     assert len(tokenizer.encode("<s>", bos=False, eos=False)) > 1  # a user cannot write it
-
-
-# What is refused
 
 
 FIELDS = {

@@ -21,7 +21,7 @@ from llama.linear import (
     has_onednn,
     has_vnni,
 )
-from llama.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear
+from llama.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 N_TOKENS = (1, 3, 4, 5, 40, 64, 100)
 ODD_INPUTS = (64, 40)  # int8 alone: int4's groups need a multiple of 32
@@ -139,14 +139,6 @@ def test_what_is_kept_of_one_input_is_not_taken_for_another(cls):
     y = layer(x)
     torch.testing.assert_close(layer(x * -2), y * -2)
     assert torch.equal(layer(x), y)
-
-
-def test_an_int8_embedding_looks_up_rows_in_the_default_dtype():
-    weight, tokens = normal(50, 64) * torch.logspace(-3, 3, 50)[:, None], torch.tensor([3, 49, 3])
-    layer = Int8Embedding(50, 64)
-    layer.quantize(weight)
-    half_a_step = weight[tokens].abs().amax(1, keepdim=True) / 254
-    assert ((layer(tokens) - weight[tokens]).abs() <= half_a_step * 1.001).all()
 
 
 if __name__ == "__main__":  # with the kernels that the environment allows

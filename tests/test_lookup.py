@@ -68,14 +68,9 @@ def test_a_chat_says_the_same_with_guesses_and_without(folder, options):
     for prompt_lookup in (16, 0):
         sampling = llama.Sampling(50, **options, prompt_lookup=prompt_lookup)
         chat = llama.Chat(model, llama.STYLES["dialog"], "", sampling)
-        talk, passes, tokens = [], 0, 0
-        for message in ["Tell me a story about a fox."] * 6:
-            talk.append(("".join(chat.reply(message)), list(chat.context.tokens)))
-            passes += model.timings.new_passes
-            tokens += model.timings.new_tokens
+        messages = ["Tell me a story about a fox."] * 6
+        talks.append([("".join(chat.reply(m)), list(chat.context.tokens)) for m in messages])
         assert "forgotten" in chat.status()
-        assert passes < 0.9 * tokens if prompt_lookup else passes >= tokens
-        talks.append(talk)
     assert talks[0] == talks[1]
 
 

@@ -26,11 +26,6 @@ WEIGHT_KINDS = {
 }
 
 
-def merged(source: Path, target: Path, quantize: str) -> Path:
-    write_merged(open_source(source, copy_files=True), target, quantize=quantize)
-    return target
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, weights) -> Path:
     folder = write_shards(tmp_path_factory.mktemp("original"), weights, 1)
@@ -46,7 +41,8 @@ def scheme(request) -> str:
 @pytest.fixture(scope="module")
 def stored(scheme, original, tmp_path_factory) -> Path:
     """The checkpoint, quantized and merged."""
-    return merged(original, tmp_path_factory.mktemp("merged") / scheme, scheme)
+    source = open_source(original, copy_files=True)
+    return write_merged(source, tmp_path_factory.mktemp("merged"), quantize=scheme).parent
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)
@@ -104,14 +100,14 @@ def test_kept_directions_take_most_of_the_error_of_massive_activations(massive, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.07)])
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.04)])
 def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     model = load(DEMO)
     tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
     expected = model.model(tokens, 0)
     logits = load(DEMO, dtype, quantize=quantize).model(tokens, 0)
     assert logits.dtype == torch.float32
-    assert relative_error(logits, expected) < bound
+    assert relative_error(logits, expected) < bound  # int4: 0.038, with 4 directions 0.042
 
 
 def test_quantizing_while_merging_or_from_shards_is_the_same(
@@ -161,7 +157,7 @@ def test_quantizing_twice_is_refused(stored, tmp_path, scheme):
     with pytest.raises(llama.UserError, match="quantized already: leave out `quantize`"):
         load(stored, quantize=scheme)
     with pytest.raises(llama.UserError, match="quantized already"):
-        merged(stored, tmp_path / "again", scheme)
+        write_merged(open_source(stored, False), tmp_path, quantize=scheme)
 
 
 def test_int4_takes_at_most_063_bytes_a_weight_of_7b():
