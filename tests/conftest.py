@@ -23,14 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
 TOKENIZER = DEMO / "tokenizer.model"
-PARAMS = {
-    "dim": 128,
-    "multiple_of": 64,
-    "n_heads": 8,
-    "n_layers": 2,
-    "norm_eps": 1e-5,
-    "vocab_size": -1,
-}
+PARAMS = {"dim": 128, "multiple_of": 64, "n_heads": 8, "n_layers": 2}
+PARAMS |= {"norm_eps": 1e-5, "vocab_size": -1}
 GROUPED = PARAMS | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "rope_theta": 1e6}
 ROWS = ("wq", "wk", "wv", "w1", "w3", "output")  # split on dim 0
 COLUMNS = ("wo", "w2", "tok_embeddings")  # split on dim 1

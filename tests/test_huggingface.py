@@ -17,15 +17,9 @@ import llama
 from llama.merge import open_source, write_merged
 
 TOKENS = torch.randint(3, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
-SMALL = {  # a feed-forward layer of no multiple of any power of two
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "intermediate_size": 345,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-}
+SMALL = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 8, "initializer_range": 0.1, "tie_word_embeddings": False}
+SMALL |= {"intermediate_size": 345}  # no multiple of any power of two
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 FOLDERS = {
     "llama": LlamaConfig(**SMALL),

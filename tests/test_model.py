@@ -128,23 +128,20 @@ def test_a_few_tokens_do_not_copy_the_cache(n_new):
     assert 0 < largest < cache.keys.nbytes / 2
 
 
-# arXiv 2302.13971, table 2; Code Llama 34B and Llama 2 70B
-SIZES = [
-    (6.7e9, {"dim": 4096, "n_heads": 32, "n_layers": 32}),
-    (13.0e9, {"dim": 5120, "n_heads": 40, "n_layers": 40}),
-    (32.5e9, {"dim": 6656, "n_heads": 52, "n_layers": 60}),
-    (65.2e9, {"dim": 8192, "n_heads": 64, "n_layers": 80}),
-    (34.0e9, {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "n_layers": 48}),
-    (
-        69.0e9,
-        GROUPED
-        | {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, "multiple_of": 4096},
-    ),
+LARGE_FFN = {"multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+SIZES = [  # parameters, dim, heads, heads of keys, layers: arXiv 2302.13971, table 2
+    (6.7e9, 4096, 32, 32, 32, {}),
+    (13.0e9, 5120, 40, 40, 40, {}),
+    (32.5e9, 6656, 52, 52, 60, {}),
+    (65.2e9, 8192, 64, 64, 80, {}),
+    (34.0e9, 8192, 64, 8, 48, {}),  # Code Llama
+    (69.0e9, 8192, 64, 8, 80, LARGE_FFN),  # Llama 2
 ]
 
 
-@pytest.mark.parametrize(("n_params", "params"), SIZES)
-def test_the_published_sizes_have_the_published_parameter_counts(n_params, params):
+@pytest.mark.parametrize(("n_params", "dim", "n_heads", "n_kv_heads", "n_layers", "more"), SIZES)
+def test_published_sizes(n_params, dim, n_heads, n_kv_heads, n_layers, more):
+    args = llama.ModelArgs(dim, n_layers, n_heads, n_kv_heads, vocab_size=32000, **more)
     with torch.device("meta"):
-        model = llama.Transformer(llama.ModelArgs(**params | {"vocab_size": 32000}))
+        model = llama.Transformer(args)
     assert sum(w.numel() for w in model.parameters()) == pytest.approx(n_params, rel=0.01)

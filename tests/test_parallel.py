@@ -17,17 +17,14 @@ import llama
 from llama.merge import open_source, write_merged
 from llama.parallel import init_distributed
 
+FLAGS = ["--tokenizer_path", TOKENIZER, "--temperature", 0, "--max_gen_len", 8]
 PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
 REPEATING = "the cat sat. the cat sat. the cat sat. the cat"
 # So many that errors average out: those of two sequences differ by a tenth and more by chance.
 TOKENS = torch.randint(3, 2000, (16, 24), generator=torch.Generator().manual_seed(1))
+FILES = ("1 shards", "2 shards", "8 shards", "2 shards merged", "demo")
 CASES = [  # folder, dtype, quantize
-    ("1 shards", "float32", None),
-    ("2 shards", "float32", None),
-    ("8 shards", "float32", None),
-    ("2 shards merged", "float32", None),
-    ("demo", "float32", None),
-    ("2 shards", "bfloat16", None),
+    *((name, "float32", None) for name in FILES),
     ("demo", "bfloat16", None),
     ("8 shards", "float32", "int8"),
     ("demo", "float32", "int8"),
@@ -37,7 +34,8 @@ CASES = [  # folder, dtype, quantize
     ("demo int4", "float32", None),
     ("2 shards int4", "float32", None),
 ]
-SMALL_GROUPS = [CASES[9], CASES[13]]  # 4 ranks would have 32 inputs of wo: half a group
+# Of which 4 ranks would have 32 inputs of wo: half a group.
+SMALL_GROUPS = [("8 shards", "bfloat16", "int4"), ("2 shards int4", "float32", None)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,7 @@ def ranks(request, root, tmp_path_factory) -> list[dict]:
 
 
 def test_greedy_text_is_that_of_one_process_from_any_files(ranks, alone):
-    for case in CASES[:5]:
+    for case in CASES[: len(FILES)]:
         for rank in ranks:
             assert rank[case]["texts"] == alone[case]["texts"], case
 
@@ -135,28 +133,24 @@ def test_ranks_draw_the_same_text_without_a_seed(ranks):
             assert all(rank[case]["drawn"] == found["drawn"] for rank in ranks)
 
 
-@pytest.fixture(scope="module")
-def flags(root) -> list[object]:
-    flags = ["--tokenizer_path", TOKENIZER, "--temperature", 0, "--max_gen_len", 8]
-    return ["--ckpt_dir", root / "2 shards", *flags]
-
-
-def test_rank_0_reads_and_prints_without_numpy(root, flags, tmp_path):
+def test_rank_0_reads_and_prints_without_numpy(root, tmp_path):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No numpy')")
-    command = torchrun(2, ROOT / "example-cpu.py", "-", *flags)
+    command = torchrun(2, ROOT / "example-cpu.py", "-", "--ckpt_dir", root / "2 shards", *FLAGS)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = python(*command, env=environment, input=PROMPTS[0], text=True)
     assert done.stdout == printed(root / "2 shards", PROMPTS[:1], 8), done.stderr
     assert done.stderr.count("loaded in") == 1
 
 
-def test_two_launchers_as_on_two_machines_run_one_model(root, flags):
+def test_two_launchers_as_on_two_machines_run_one_model(root):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"]
     command = [*launcher, f"--rdzv_endpoint=localhost:{port}", ROOT / "example-cpu.py"]
-    processes = [start([*command, *PROMPTS, *flags]) for _ in range(2)]
+    processes = [
+        start([*command, *PROMPTS, "--ckpt_dir", root / "2 shards", *FLAGS]) for _ in range(2)
+    ]
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert sorted(out for out, _ in ends) == ["", printed(root / "2 shards", PROMPTS, 8)]
@@ -190,11 +184,13 @@ def rank_process(launcher: int, rank: int) -> psutil.Process:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, flags, killed):
+def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, killed):
     sampling = llama.Sampling(8, temperature=0)
     chat = llama.Chat(load(root / "2 shards"), llama.STYLES["complete"], None, sampling)
     expected = "".join("".join(chat.reply(line)) + "\n" for line in ("Hi", "And you?"))
-    command = torchrun(2, ROOT / "example-chat.py", "--style", "complete", *flags)
+    command = torchrun(
+        2, ROOT / "example-chat.py", "--style", "complete", "--ckpt_dir", root / "2 shards", *FLAGS
+    )
     process = start(command)
     process.stdin.write("Hi\n/reset\nAnd you?\n")
     process.stdin.flush()

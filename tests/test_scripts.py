@@ -4,10 +4,7 @@ import os
 import re
 
 import pytest
-import torch
 from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, write_shards
-
-import llama
 
 SCRIPTS = ["example-cpu.py", "example-chat.py", "merge-weights.py"]
 BOM = b"\xef\xbb\xbf"
@@ -77,12 +74,6 @@ def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     assert names and all(f"\n  --{name}" in done.stdout for name in names)
     assert "Examples:\n" in done.stdout
     assert "None" not in done.stdout and "Optional" not in done.stdout
-
-
-def test_version_names_this_program_and_torch(run_script):
-    done = run_script("merge-weights.py", "--version", text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert llama.__version__ in done.stdout and torch.__version__ in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--quantise", "--Quantize=int8", "-x"])

@@ -66,13 +66,11 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cores)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 4)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        set_threads(flag, tmp_path)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    set_threads(flag, tmp_path)
+    assert found == [expected]
 
 
 def test_cores_of_other_programs_are_all_but_our_own(monkeypatch):
