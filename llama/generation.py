@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .cache import KVCache
 from .errors import UserError, check
 from .lookup import PromptLookup
-from .model import Transformer
+from .model import Segment, Transformer
 from .sampling import Sampling, sample
 from .system import WORKING_MEMORY, available_memory
 from .tokenizer import Tokenizer
@@ -247,11 +247,9 @@ class LLaMA:
 
     def feed(self, contexts: Sequence[Context], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Add a chunk of tokens to each context's cache; returns their hidden states."""
-        return self.model.hidden(
-            [torch.tensor(chunk) for chunk in chunks],
-            [context.n_cached for context in contexts],
-            [context.cache for context in contexts],
-        )
+        pairs = zip(contexts, chunks)
+        segments = [Segment(c.n_cached, len(chunk), c.cache) for c, chunk in pairs]
+        return self.model.hidden(torch.tensor([*chain.from_iterable(chunks)]), segments)
 
     def accept(self, context: Context, draft: Sequence[int], drawn: list[int]) -> list[int]:
         """Append the drawn tokens up to the first that differs from the draft; returns them.

@@ -83,7 +83,7 @@ class Segment(NamedTuple):
 
     start_pos: int
     n_tokens: int
-    cache: KVCache | None  # None: a single pass, nothing is kept
+    cache: KVCache | None = None  # None: a single pass, nothing is kept
 
 
 class Attention(nn.Module):
@@ -195,33 +195,24 @@ class Transformer(nn.Module):
         """
         if start_pos == 0:
             self.caches = [self.new_cache(self.args.max_seq_len) for _ in tokens]
-        hidden = self.hidden(tokens, [start_pos] * len(tokens), self.caches)
-        last = torch.arange(1, len(tokens) + 1) * tokens.shape[1] - 1
-        return self.output(hidden[last]).float()
+        segments = [Segment(start_pos, tokens.shape[1], cache) for cache in self.caches]
+        hidden = self.hidden(tokens.flatten(), segments).unflatten(0, tokens.shape)
+        return self.output(hidden[:, -1]).float()
 
-    def hidden(
-        self,
-        tokens: Sequence[Tensor],
-        starts: Sequence[int],
-        caches: Sequence[KVCache | None],
-    ) -> Tensor:
-        """The normalized hidden state of every token, sequence after sequence.
+    def hidden(self, tokens: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """The normalized hidden state of every token.
 
         Args:
-            tokens: One int64 tensor of ids for each sequence, of any lengths.
-            starts: The position of the first of them, for each sequence.
-            caches: Each sequence's cache, to which the tokens are added. None: no cache.
+            tokens: int64 (n_tokens,), the ids of all segments, one after another.
+            segments: Where each sequence's tokens start, how many they are, and its cache, to which
+                they are added.
         Returns:
             (n_tokens, dim), in the activations' dtype.
         """
-        segments = []
-        for row, start_pos, cache in zip(tokens, starts, caches, strict=True):
-            if start_pos + len(row) > self.args.max_seq_len:
-                raise ValueError(f"max_seq_len is {self.args.max_seq_len}: no more positions")
-            segments.append(Segment(start_pos, len(row), cache))
+        if any(s.start_pos + s.n_tokens > self.args.max_seq_len for s in segments):
+            raise ValueError(f"max_seq_len is {self.args.max_seq_len}: no more positions")
         freqs_cis = torch.cat([self.freqs_cis[s.start_pos :][: s.n_tokens] for s in segments])
-
-        h = self.tok_embeddings(torch.cat(tuple(tokens)))
+        h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, freqs_cis, segments)
         return self.norm(h)

@@ -33,6 +33,7 @@ import llama
 from llama import Sampling, linear
 from llama.checkpoint import VERSION, empty_model, find_files
 from llama.merge import write_state
+from llama.model import Segment
 from llama.system import peak_memory
 from llama.weights import FORMAT
 from tests.peers import PEERS, SmolLM2, to_transformers
@@ -94,7 +95,9 @@ def serve(program: str, folder: str, dtype: str, prompt: int, new: int, context:
 
         @torch.inference_mode()
         def step(tokens: list[int], position: int) -> None:
-            hidden = model.model.hidden([torch.tensor(tokens)], [position], [cache])
+            hidden = model.model.hidden(
+                torch.tensor(tokens), [Segment(position, len(tokens), cache)]
+            )
             model.model.output(hidden[-1:])
 
     print(json.dumps([n_bytes, peak_memory(), time.perf_counter() - begin]), flush=True)
@@ -301,12 +304,13 @@ def mean_loss(model: llama.Transformer, text: Tensor, one_by_one: bool) -> float
     half = len(text) // 2
     if one_by_one:
         cache = model.new_cache(len(text))
-        hidden = [model.hidden([text[:half]], [0], [cache])[-1:]]
+        hidden = [model.hidden(text[:half], [Segment(0, half, cache)])[-1:]]
         for n in range(half, len(text) - 1):
-            hidden.append(model.hidden([text[n : n + 1]], [n], [cache]))
+            hidden.append(model.hidden(text[n : n + 1], [Segment(n, 1, cache)]))
         logits = torch.cat([model.output(state).float() for state in hidden])
     else:
-        logits = model.output(model.hidden([text[:-1]], [0], [None])[half - 1 :]).float()
+        hidden = model.hidden(text[:-1], [Segment(0, len(text) - 1)])
+        logits = model.output(hidden[half - 1 :]).float()
     return torch.nn.functional.cross_entropy(logits, text[half:]).item()
 
 

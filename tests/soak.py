@@ -15,6 +15,7 @@ import torch
 
 import llama
 from llama import STYLES, Chat, Sampling, system
+from llama.model import Segment
 
 DEMO = ROOT / "model" / "demo"
 LINES = ["Tell me a story.", "What did the cat do?", "And then?", "Why?", "Who is Tom?"]
@@ -73,7 +74,7 @@ def count(n_tokens: int) -> None:
         n_finite = 0
         with torch.inference_mode():
             for row in corpus:
-                logits = model.output(model.hidden([row], [0], [None])).float()
+                logits = model.output(model.hidden(row, [Segment(0, len(row))])).float()
                 n_finite += int(logits.isfinite().all(-1).sum())
         total = corpus.numel()
         print(

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import llama
 from llama.cache import KVCache
+from llama.model import Segment
 
 TOKENS = torch.randint(3, 2048, (3, 40), generator=torch.Generator().manual_seed(1))
 LONG = torch.randint(3, 2048, (170,), generator=torch.Generator().manual_seed(2))
@@ -83,7 +84,7 @@ def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Te
 def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
     """Logits of every token, which the cache holds afterwards."""
     with torch.inference_mode():
-        return model.output(model.hidden([tokens], [start], [cache]))
+        return model.output(model.hidden(tokens, [Segment(start, len(tokens), cache)]))
 
 
 def test_a_prompt_and_each_decoded_token_agree_with_transformers(model, state, params):

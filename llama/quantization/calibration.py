@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..linear import fp32_blocks, linear_by_blocks
-from ..model import RMSNorm, Transformer
+from ..model import RMSNorm, Segment, Transformer
 from ..tokenizer import Tokenizer
 from ..weights import Weight
 
@@ -92,7 +92,7 @@ def calibrate(
         from ..parallel import add_all_reduces
 
         add_all_reduces(original)
-    original.output(original.hidden([torch.arange(len(tokens))], [0], [None]))
+    original.output(original.hidden(torch.arange(len(tokens)), [Segment(0, len(tokens))]))
     input_directions.cache_clear()
 
 

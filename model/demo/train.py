@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs, Segment, Transformer
 from llama.tokenizer import Tokenizer
 
 PARAMS = {
@@ -196,7 +196,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: list[str]) ->
         scored = 1
         for begin in range(0, max(len(ids) - SEQ_LEN // 2, 1), SEQ_LEN // 2):
             window = ids[begin : begin + SEQ_LEN]
-            logits = model.output(model.hidden([window[:-1]], [0], [None])).float()
+            logits = model.output(model.hidden(window[:-1], [Segment(0, len(window) - 1)])).float()
             nll = F.cross_entropy(logits, window[1:], reduction="none")
             nats += nll[scored - begin - 1 :].sum().item()
             scored = begin + len(window)
@@ -247,7 +247,7 @@ def main(
     for step, (x, y) in zip(
         range(1, steps + 1), batches(stories, tokenizer, batch_size, random.Random(seed))
     ):
-        logits = model.output(model.hidden(x, [0] * batch_size, [None] * batch_size))
+        logits = model.output(model.hidden(x.flatten(), [Segment(0, x.shape[1])] * batch_size))
         loss = F.cross_entropy(logits, y.flatten())
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules):
