@@ -193,18 +193,13 @@ def test_the_status_says_when_turns_were_forgotten(new_chat):
     assert f"oldest {n_forgotten} turns were forgotten" in chat.status()
 
 
-def test_the_status_says_when_the_beginning_of_a_turn_was_forgotten(new_chat):
-    chat = new_chat(" word" * 60, limit=48, max_gen_len=60)
-    say(chat, "Hi")
-    assert "the beginning of this turn was forgotten" in chat.status()
-
-
 def test_a_reply_longer_than_the_context_is_not_cut(new_chat):
     words = " ".join(f"word {i}" for i in range(60))
     chat = new_chat(" " + words, " Fine", limit=48, max_gen_len=1000)
     assert say(chat, "Hi") == [words]
     assert text_of(chat).startswith("<s>Kind.\n\nUser:")
     assert text_of(chat).endswith("word 59")
+    assert "the beginning of this turn was forgotten" in chat.status()
     assert say(chat, "And you?") == ["Fine"]
     assert text_of(chat).endswith("\nAI: Fine")
 

@@ -118,9 +118,7 @@ def test_positions_beyond_the_context_are_refused(model):
 
 @pytest.mark.parametrize("n_new", [1, 8])
 def test_a_few_tokens_do_not_copy_the_cache(n_new):
-    args = llama.ModelArgs(
-        dim=512, n_heads=4, n_kv_heads=2, n_layers=1, vocab_size=64, max_seq_len=8192
-    )
+    args = llama.ModelArgs(512, 1, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=8192)
     model = llama.Transformer(args)
     cache = model.new_cache(8000)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
