@@ -8,7 +8,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, python, run_code, write_zeros
+from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, python, run_code
 
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
 
@@ -81,17 +81,6 @@ def imported() -> int:
         pytest.skip("only Linux tells")
     code = "import llama; print(open('/proc/self/status').read().split('VmPeak:')[1].split()[0])"
     return 1024 * int(run_code(code))
-
-
-def test_a_model_beyond_ulimit_v_is_refused_with_the_flags_that_fit(tmp_path, run_script, imported):
-    """Of 5 GB in fp32 and 2.5 in fp16."""
-    folder = write_zeros(tmp_path, dim=4096, n_layers=6, n_heads=32, vocab_size=2048)
-    n_bytes = imported + (folder / "consolidated.00.pth").stat().st_size  # the file is mapped
-    result = run_script(
-        *("example-cpu.py", "--ckpt_dir", folder, "--tokenizer_path", TOKENIZER),
-        preexec_fn=lambda: limit_memory(n_bytes + 24 * 10**8),
-    )
-    assert error_line(result).endswith("use --quantize int8 or --quantize int4")
 
 
 def test_memory_that_ends_is_one_error_line(tmp_path, flags, run_script, imported):
