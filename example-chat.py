@@ -81,7 +81,8 @@ def main(
     chat = llama.Chat(model, STYLES[style], system, sampling)
     if terminal.is_interactive():
         terminal.notice(
-            f"{folder.name}, {model.weight_bytes / 1e6:,.0f} MB. /help lists the commands."
+            f"{folder.name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
+            "/help lists the commands."
         )
     converse(chat)
 

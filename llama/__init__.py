@@ -35,6 +35,8 @@ try:
     from .tokenizer import Tokenizer
 except KeyboardInterrupt:  # Ctrl-C while PyTorch is being imported
     sys.exit(130)
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed: pip install -r requirements.txt")
 
 __version__ = "1.1.0"
 __all__ = [

@@ -244,7 +244,7 @@ class Chat:
         tokens = "1 token" if self.n_new == 1 else f"{self.n_new} tokens"
         used = f"context {len(self.context.tokens)}/{self.limit}"
         timings = self.llama.timings
-        rates = [f"{timings.new_rate:.1f} tokens/s"] if timings.new_passes else []
+        rates = [f"{timings.new_rate:.1f} tokens/s"] if timings.new_tokens else []
         parts = [tokens, *rates, used]
         if self.is_cut:
             parts.append(f"stopped at `max_gen_len={self.sampling.max_gen_len}`")

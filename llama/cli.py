@@ -153,7 +153,9 @@ class Parser(argparse.ArgumentParser):
         namespace, other = self.parse_known_intermixed_args(flags)
         options = vars(namespace)
         for flag in (arg.partition("=")[0] for arg in other if arg.startswith("-")):
-            close = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
+            known = self._option_string_actions
+            close = [name for name in known if name.startswith(flag)]
+            close = close or difflib.get_close_matches(flag, known, 1, 0.7)
             hint = f": did you mean {close[0]}?" if close else ""
             print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
             sys.exit(2)
@@ -175,7 +177,12 @@ def normalize_choice(text: str) -> str:
 def set_threads(threads: int | None, folder: Path) -> None:
     """Use `threads` threads, or one for a small model, or as many as this process has cores."""
     cores = psutil.cpu_count()
-    check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores}", threads)
+    check(
+        threads is None or 0 < threads <= cores,
+        "threads",
+        f"1 to {cores}, the number of cores",
+        threads,
+    )
     busy_cores()  # the interval that `contention` reports begins here
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
     limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
@@ -198,9 +205,12 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer beside the weights, or else in ./tokenizer, here or beside the scripts."""
-    here = Path("tokenizer", "tokenizer.model")
-    places = (folder / "tokenizer.model", here, ROOT / here)
+    """The tokenizer beside the weights or their folder, or in ./tokenizer, here or in the repository.
+
+    Meta's download has one beside the folders 7B, 13B and so on.
+    """
+    here, name = Path("tokenizer", "tokenizer.model"), "tokenizer.model"
+    places = (folder / name, folder.parent / name, here, ROOT / here)
     return next((path for path in places if path.exists()), here)
 
 
@@ -214,6 +224,8 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
             raise UserError(f"`prompt_file` {prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"`prompt_file` {prompt_file} is not UTF-8 text: {error}") from None
+        if not texts[-1]:
+            raise UserError(f"`prompt_file` {prompt_file} is empty")
     return texts
 
 

@@ -58,7 +58,7 @@ class Timings:
         prompt_rate = self.prompt_tokens / max(self.prompt_seconds, 1e-9)
         per_pass = self.new_tokens / max(self.new_passes, 1)
         text = f"prompt {prompt_rate:.1f} tokens/s"
-        text += f", generated {self.new_rate:.1f} tokens/s" if self.new_passes else ""
+        text += f", generated {self.new_rate:.1f} tokens/s" if self.new_tokens else ""
         return text + (f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else "")
 
 

@@ -4,6 +4,7 @@ A folder has config.json, tokenizer.model, and weights as safetensors or as torc
 """
 
 import json
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,11 @@ def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "eos_token_id": sorted({*ends}),
         "chat_style": next((style for mark, style in CHAT_STYLES.items() if mark in text), None),
     }
+    if template and not found["chat_style"]:
+        warnings.warn(
+            "the folder's chat template is not known: choose the `style` of a chat yourself",
+            stacklevel=2,
+        )
     return {key: value for key, value in found.items() if value}
 
 

@@ -60,8 +60,10 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         params = read_params(params_path)
         tokenizer = open_tokenizer(path, params) if path.exists() else None
         args = model_args(params, weights, tokenizer, folder)
-    extras = [params_path, folder / "tokenizer.model"] if copy_files else []
-    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras if p.exists()})
+    # Meta's download has the tokenizer beside the folders 7B, 13B and so on; the nearer one wins.
+    extras = [folder.parent / "tokenizer.model", folder / "tokenizer.model", params_path]
+    extras = [p for p in extras if p.exists()] if copy_files else []
+    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras})
 
 
 def write_merged(

@@ -4,6 +4,7 @@ import ctypes
 import math
 import mmap
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -136,7 +137,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (whatever torch raises for a damaged file)
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.split(r"\.?\s*\n|\. ", str(error))[0] or type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint: {reason:.200}") from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
