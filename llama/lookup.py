@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 NGRAMS = (3, 2)  # numbers of last tokens that are looked up in the context
 FIRST_LENGTH = 4  # of a draft
-MAX_FAILURES = 5  # drafting pauses for at most 2**5 - 2 passes
+MAX_FAILURES = 5  # drafting pauses for at most 2**5 passes
 
 
 class PromptLookup:
@@ -45,11 +45,11 @@ class PromptLookup:
     def adapt(self, n_drafted: int, n_accepted: int) -> None:
         """Double the length after a draft that was right; otherwise use the number accepted.
 
-        After several drafts in a row that were wrong from their first token on, the next 2, 6, 14
-        or 30 passes have none.
+        After one, two, ... drafts in a row that were wrong from their first token on, the next 2,
+        4, 8, 16 or 32 passes have none.
         """
         if n_drafted:
             length = 2 * self.length if n_accepted == n_drafted else n_accepted
             self.length = min(max(length, 2), self.limit)
             self.n_failures = 0 if n_accepted else min(self.n_failures + 1, MAX_FAILURES)
-            self.pause = max(2**self.n_failures - 2, 0)
+            self.pause = 0 if n_accepted else 2**self.n_failures

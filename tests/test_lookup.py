@@ -92,9 +92,9 @@ def test_a_draft_is_what_followed_the_longest_most_recent_match(tokens, expected
 def test_drafts_grow_after_success_and_stop_for_a_while_after_failure():
     lookup, tokens = PromptLookup(8), [*range(20), 0, 1, 2]
     assert len(lookup.draft(tokens)) == 4
-    for n_drafted, n_accepted, expected in ((4, 3, 3), (3, 3, 6), (6, 6, 8), (8, 0, 2)):
+    for n_drafted, n_accepted, expected in ((4, 3, 3), (3, 3, 6), (6, 6, 8)):
         lookup.adapt(n_drafted, n_accepted)
-        assert len(lookup.draft(tokens)) == expected  # one failure may be chance
+        assert len(lookup.draft(tokens)) == expected
     pauses = []
     for _ in range(8):
         lookup.adapt(2, 0)
