@@ -36,6 +36,8 @@ try:
 except KeyboardInterrupt:  # Ctrl-C while PyTorch is being imported
     sys.exit(130)
 except ModuleNotFoundError as missing:
+    if missing.name.startswith(__name__):
+        raise  # a bug
     sys.exit(f"error: {missing.name} is not installed: pip install -r requirements.txt")
 
 __version__ = "1.1.0"

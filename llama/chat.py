@@ -213,11 +213,11 @@ class Chat:
     def evict(self) -> None:
         """Remove the oldest turn or, if there is only one, the older half of it."""
         context, start, n_cached = self.context, self.message_starts[0], self.context.n_cached
-        middle = start + (len(context.tokens) - start + 1) // 2
-        end = self.message_starts[1] if len(self.message_starts) > 1 else middle
         if len(self.message_starts) > 1:
+            end = self.message_starts[1]
             self.n_evicted += 1
         else:
+            end = start + (len(context.tokens) - start + 1) // 2
             self.is_halved = True
         context.n_cached = min(start, n_cached)  # first, so that Ctrl-C leaves a valid state
         del context.tokens[start:end]

@@ -34,6 +34,16 @@ def find_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 
 
+def nearest_tokenizer(folder: Path) -> Path:
+    """tokenizer.model in the folder or, as in Meta's download, beside the folders 7B, 13B, ...
+
+    One beside a params.json belongs to that model.
+    """
+    path, above = folder / "tokenizer.model", folder.parent / "tokenizer.model"
+    is_shared = above.exists() and not above.with_name("params.json").exists()
+    return above if is_shared and not path.exists() else path
+
+
 def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     """Return the paths; raise UserError if there are none, or a shard is missing.
 
@@ -175,7 +185,8 @@ def load(
 
     Args:
         ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth.
-        tokenizer_path: A sentencepiece model. Default: tokenizer.model in ckpt_dir.
+        tokenizer_path: A sentencepiece model. Default: tokenizer.model in ckpt_dir or, as in Meta's
+            download, beside it.
         max_seq_len: Tokens of context, prompt and continuation together.
         max_batch_size: Maximum number of prompts in a batch.
         quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: as they are stored.
@@ -191,7 +202,7 @@ def load(
     folder = Path(ckpt_dir)
     paths = check_files(folder, find_files(folder), "ckpt_dir")
     params = read_params(folder / "params.json")
-    tokenizer = open_tokenizer(tokenizer_path or folder / "tokenizer.model", params)
+    tokenizer = open_tokenizer(tokenizer_path or nearest_tokenizer(folder), params)
     weights = open_checkpoint(paths)
     check_version(weights, folder)
     args = model_args(params, weights, tokenizer, folder)

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from . import __version__
-from .checkpoint import find_files
+from .checkpoint import find_files, nearest_tokenizer
 from .errors import UserError, check, one_line
 from .generation import LLaMA
 from .system import available_cpus, busy_cores, peak_memory
@@ -148,21 +148,23 @@ class Parser(argparse.ArgumentParser):
         if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
-        flag = re.compile(r"--[\w-]+(?==|$)")  # --max-gen-len is --max_gen_len
-        flags = [flag.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, 1) for a in argv[:end]]
+        name = re.compile(r"--[\w-]+(?==|$)")  # --max-gen-len is --max_gen_len
+        flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, 1) for a in argv[:end]]
         namespace, other = self.parse_known_intermixed_args(flags)
-        options = vars(namespace)
-        for flag in (arg.partition("=")[0] for arg in other if arg.startswith("-")):
-            known = self._option_string_actions
+        options, known = vars(namespace), self._option_string_actions
+        if unknown := [arg for arg in other if arg.startswith("-")]:
+            flag = unknown[0].partition("=")[0]
             close = [name for name in known if name.startswith(flag)]
             close = close or difflib.get_close_matches(flag, known, 1, 0.7)
             hint = f": did you mean {close[0]}?" if close else ""
             print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
             sys.exit(2)
-        prompts = [*options.pop("prompts", other), *argv[end + 1 :]]
-        if prompts and "PROMPT" not in self.usage:
-            self.error(f"{prompts[0]!r} has no flag before it: --help lists the flags")
-        return prompts, options
+        rest = argv[end + 1 :]
+        if "prompts" in options:
+            return [*options.pop("prompts"), *rest], options
+        if other or rest:
+            self.error(f"{[*other, *rest][0]!r} has no flag before it: --help lists the flags")
+        return (), options
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
@@ -177,12 +179,8 @@ def normalize_choice(text: str) -> str:
 def set_threads(threads: int | None, folder: Path) -> None:
     """Use `threads` threads, or one for a small model, or as many as this process has cores."""
     cores = psutil.cpu_count()
-    check(
-        threads is None or 0 < threads <= cores,
-        "threads",
-        f"1 to {cores}, the number of cores",
-        threads,
-    )
+    good = threads is None or 0 < threads <= cores
+    check(good, "threads", f"1 to {cores}, the number of cores", threads)
     busy_cores()  # the interval that `contention` reports begins here
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
     limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
@@ -205,12 +203,9 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer beside the weights or their folder, or in ./tokenizer, here or in the repository.
-
-    Meta's download has one beside the folders 7B, 13B and so on.
-    """
-    here, name = Path("tokenizer", "tokenizer.model"), "tokenizer.model"
-    places = (folder / name, folder.parent / name, here, ROOT / here)
+    """The weights' own tokenizer, or else that in ./tokenizer, here or beside the scripts."""
+    here = Path("tokenizer", "tokenizer.model")
+    places = (nearest_tokenizer(folder), here, ROOT / here)
     return next((path for path in places if path.exists()), here)
 
 

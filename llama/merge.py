@@ -20,6 +20,7 @@ from .checkpoint import (
     find_files,
     find_shards,
     model_args,
+    nearest_tokenizer,
     open_tokenizer,
 )
 from .errors import UserError
@@ -47,7 +48,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
     Args:
         folder: The directory of the weights.
         copy_files: Take Meta's params.json and tokenizer.model along.
-        tokenizer_path: The tokenizer for the calibration text. Default: tokenizer.model in folder.
+        tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
     """
     paths = find_shards(folder) or find_files(folder)
     if not paths and (folder / "config.json").exists():
@@ -55,15 +56,14 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
 
         return open_folder(folder)
     weights, args, tokenizer = open_checkpoint(check_files(folder, paths, "input_dir")), None, None
-    params_path, path = folder / "params.json", tokenizer_path or folder / "tokenizer.model"
+    params_path, nearest = folder / "params.json", nearest_tokenizer(folder)
     if params_path.exists():
         params = read_params(params_path)
+        path = tokenizer_path or nearest
         tokenizer = open_tokenizer(path, params) if path.exists() else None
         args = model_args(params, weights, tokenizer, folder)
-    # Meta's download has the tokenizer beside the folders 7B, 13B and so on; the nearer one wins.
-    extras = [folder.parent / "tokenizer.model", folder / "tokenizer.model", params_path]
-    extras = [p for p in extras if p.exists()] if copy_files else []
-    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras})
+    extras = [params_path, nearest] if copy_files else []
+    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras if p.exists()})
 
 
 def write_merged(

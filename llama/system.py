@@ -74,6 +74,9 @@ def available_cpus(root: Path = ROOT) -> int:
 
 
 def busy_cores() -> float:
-    """Cores that other programs have used, on average since the last call. The first result is meaningless."""
+    """Cores that other programs have used, on average since the last call.
+
+    The first result is meaningless.
+    """
     times = psutil.cpu_times_percent()  # of all cores together
     return ((times.user + times.system) * psutil.cpu_count() - PROCESS.cpu_percent()) / 100

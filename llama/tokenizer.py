@@ -94,7 +94,7 @@ class Tokenizer:
 
 
 def split_at(special: Iterable[str], text: str) -> list[str]:
-    """Split a text at special tokens, of several at the longest. Parts 1, 3, 5, ... are the tokens."""
+    """Split a text at special tokens, the longest that match. Parts 1, 3, 5, ... are tokens."""
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     return re.split(f"({pattern})", text) if pattern else [text]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from conftest import (
 )
 from torch import Tensor
 
+import llama
 from llama.merge import open_source, write_merged
 
 PROMPT = "Once upon a time"
@@ -65,6 +67,15 @@ def test_merged_pth_is_preferred_to_shards(tmp_path, weights):
     other = random_weights(seed=1)
     torch.save(other, tmp_path / "merged.pth")
     assert greedy(tmp_path) == greedy(write_shards(tmp_path / "other", other, 1))
+
+
+def test_a_tokenizer_beside_the_folder_is_metas_unless_it_is_another_models(tmp_path, weights):
+    folder = write_shards(tmp_path / "7B", weights, 1)
+    shutil.copy(TOKENIZER, tmp_path)
+    assert llama.load(folder).generate("Hi", 0) == ["Hi"]
+    (tmp_path / "params.json").touch()
+    with pytest.raises(llama.UserError, match="there is no tokenizer"):
+        llama.load(folder)
 
 
 def views(weights: dict[str, Tensor], path: Path) -> None:

@@ -49,10 +49,11 @@ def test_merging_converts(weights, tmp_path):
         assert torch.equal(weight, weights[name].bfloat16())
 
 
-def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_script):
+@pytest.mark.parametrize("place", ["model/13B", "model"])  # Meta's download has it in the second
+def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_script, place):
     """params.json and tokenizer.model are copied into another folder."""
     folder = write_shards(tmp_path / "model" / "13B", weights, 2)
-    shutil.copy(TOKENIZER, folder)
+    shutil.copy(TOKENIZER, tmp_path / place)
     result = run_script("merge-weights.py", "--model_size", "13b", "--output_dir", "out")
     assert (result.returncode, result.stdout) == (0, b""), result.stderr
     copied = {"merged.pth", "params.json", "tokenizer.model"}
