@@ -1,7 +1,14 @@
-"""Chat with a LLaMA model, on the CPU."""
+"""Chat with a LLaMA model, on the CPU.
 
+Each line of input is a message; the replies go to stdout, all else to stderr.
+
+Examples:
+  python example-chat.py
+  python example-chat.py --ckpt_dir model/TinyLlama --quantize int8 --style zephyr
+"""
+
+from argparse import Namespace
 from contextlib import closing
-from typing import Literal
 
 import llama
 from llama import STYLES, cli, terminal
@@ -9,6 +16,12 @@ from llama.errors import check
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
+FLAGS = {
+    "style": (tuple(STYLES), None, "prompt format (default: the converted folder's, or dialog)"),
+    "system": (str, None, "system prompt (default: the style's)"),
+    "max_gen_len": (int, None, "longest reply, in tokens (default: half of the context)"),
+    **cli.MODEL_FLAGS,
+}
 HELP = """\
 /reset   begin a new conversation
 /retry   draw the last reply again
@@ -18,67 +31,19 @@ Ctrl-C   stop the reply, or clear the line
 A line that ends in \\ continues on the next one. A space before / sends the line as it is."""
 
 
-def main(
-    *,
-    style: Literal[tuple(STYLES)] | None = None,
-    system: str | None = None,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    top_k: int | None = None,
-    repetition_penalty: float = 1.0,
-    prompt_lookup: int = 16,
-    max_seq_len: int = 512,
-    max_gen_len: int | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    quantize: Literal["int8", "int4"] | None = None,
-    seed: int | None = None,
-    threads: int | None = None,
-    verbose: bool = False,
-) -> None:
-    """Chat with a LLaMA model, on the CPU.
-
-    Each line of input is a message; the replies go to stdout, all else to stderr.
-
-    Args:
-        style: The prompt format that the model was trained on. Default: what the converted model's
-            folder says, or else dialog, for plain LLaMA.
-        system: The system prompt. Default: the style's.
-        ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth. Default: ./model,
-            or else the demo model.
-        tokenizer_path: Default: tokenizer.model in ckpt_dir, or else in ./tokenizer.
-        dtype: float32 is exact; bfloat16 takes half the memory.
-        quantize: Round the weights: int8 takes a quarter of float32's memory, int4 a sixth.
-        temperature: 0 takes the most probable token each time; higher is more surprising.
-        top_p: Draw from the most probable tokens that together have this probability.
-        top_k: Draw only from the TOP_K most probable tokens.
-        repetition_penalty: Above 1, tokens that already occurred become less probable.
-        seed: The same seed gives the same text on the same machine.
-        max_gen_len: Longest reply, in tokens. Default: half of the context.
-        max_seq_len: Context, in tokens. When it is full, the oldest turns are forgotten.
-        prompt_lookup: Maximum number of tokens to draft from the context for a forward pass: faster
-            where text repeats itself. 0 turns it off.
-        threads: Default: one for each core of this process; 1 for models below 16 MB.
-        verbose: Report the model's size and the number of threads.
-
-    Examples:
-        python example-chat.py
-        python example-chat.py --ckpt_dir model/TinyLlama --quantize int8 --style zephyr
-    """
-    torch.set_default_dtype(getattr(torch, dtype))
-    max_gen_len = max(max_seq_len // 2, 1) if max_gen_len is None else max_gen_len
-    sampling = llama.Sampling(
-        max_gen_len, temperature, top_p, top_k, repetition_penalty, seed, prompt_lookup
-    )
-    folder, tokenizer = cli.find_model(ckpt_dir, tokenizer_path)
-    cli.set_threads(threads, folder)
-    model = llama.load(folder, tokenizer, max_seq_len, 1, quantize)
-    if verbose:
+def main(args: Namespace) -> None:
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    if args.max_gen_len is None:
+        args.max_gen_len = max(args.max_seq_len // 2, 1)
+    sampling = cli.sampling(args)
+    folder, tokenizer = cli.find_model(args.ckpt_dir, args.tokenizer_path)
+    cli.set_threads(args.threads, folder)
+    model = llama.load(folder, tokenizer, args.max_seq_len, 1, args.quantize)
+    if args.verbose:
         cli.report(model)
-    style = style or model.chat_style
+    style = args.style or model.chat_style
     check(style in STYLES, "style", " or ".join(STYLES), style)
-    chat = llama.Chat(model, STYLES[style], system, sampling)
+    chat = llama.Chat(model, STYLES[style], args.system, sampling)
     if terminal.is_interactive():
         terminal.notice(
             f"{folder.name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
@@ -129,4 +94,4 @@ def answer(chat: llama.Chat, message: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, __doc__, FLAGS)

@@ -3,23 +3,23 @@
 import argparse
 import contextlib
 import difflib
-import inspect
 import os
 import re
 import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType
 
 import psutil
 import torch
 
 from . import __version__
-from .checkpoint import find_files, nearest_tokenizer
+from .checkpoint import SCHEMES, find_files, nearest_tokenizer
 from .errors import UserError, check, one_line
 from .generation import LLaMA
+from .sampling import Sampling
 from .system import available_cpus, busy_cores, peak_memory
 from .terminal import notice
 
@@ -27,10 +27,35 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
 ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
+DTYPES = ("float32", "bfloat16")
+Flags = dict[str, tuple[type | tuple[str, ...], object, str]]  # type or choices, default, text
+MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
+    "ckpt_dir": (str, None, "directory of the weights (default: ./model, or else the demo model)"),
+    "tokenizer_path": (str, None, "tokenizer.model (default: in ckpt_dir, or else in ./tokenizer)"),
+    "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
+    "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
+    "temperature": (float, 0.8, "0: the most probable token each time; higher: more surprising"),
+    "top_p": (
+        float,
+        0.95,
+        "draw from the most probable tokens that together have this probability",
+    ),
+    "top_k": (int, None, "draw only from this many most probable tokens"),
+    "repetition_penalty": (float, 1.0, "above 1: tokens that already occurred are less probable"),
+    "seed": (int, None, "the same seed gives the same text on the same machine"),
+    "prompt_lookup": (int, 16, "most tokens to draft from the context for each pass; 0: none"),
+    "max_seq_len": (int, 512, "context: tokens of prompt and reply together"),
+    "threads": (int, None, "default: one for each core, or one for models below 16 MB"),
+    "verbose": (bool, False, "report the model's size and the number of threads"),
+}
 
 
-def run(main: Callable[..., None]) -> None:
-    """Call a script's main with the command line's flags, under torchrun on every rank.
+def run(
+    main: Callable[[argparse.Namespace], None], doc: str, flags: Flags, prompts: str | None = None
+) -> None:
+    """Call a script's main with the values of its flags, under torchrun on every rank.
+
+    The other arguments are those of `Parser`.
 
     Exit codes: 1 after a user's mistake or an error of the system (a full disk), which are one line
     on stderr; 2 after an unknown flag; 130 after Ctrl-C; 141 if the reader of stdout has left.
@@ -42,9 +67,9 @@ def run(main: Callable[..., None]) -> None:
         getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     warnings.showwarning = lambda message, *_: notice(f"warning: {params_to_flags(str(message))}")
     try:
-        args, flags = Parser(main).parse(sys.argv[1:])
+        args = Parser(doc, flags, prompts).parse(sys.argv[1:])
         with distributed():
-            main(*args, **flags)
+            main(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -105,75 +130,76 @@ def params_to_flags(message: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the keyword arguments of a script's main, with the texts of its docstring."""
+    """The flags of a script.
 
-    def __init__(self, main: Callable[..., None]):
-        summary, _, rest = inspect.getdoc(main).partition("\n\nArgs:\n")
-        arguments, _, examples = rest.partition("\n\nExamples:\n")
-        texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+    --max-gen-len is --max_gen_len, and flags may stand between prompts. An unknown flag ends the
+    script with exit code 2 and names the nearest known one.
+
+    Args:
+        doc: The script's docstring: a description, and "Examples:" at its end.
+        flags: As MODEL_FLAGS.
+        prompts: What positional arguments are. Default: there are none.
+    """
+
+    def __init__(self, doc: str, flags: Flags, prompts: str | None = None):
+        description, _, examples = doc.partition("Examples:")
         super().__init__(
-            description=summary,
-            epilog=f"Examples:\n{examples}",
+            description=description,
+            epilog=f"Examples:{examples}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.usage = f"python {self.prog} [--FLAG VALUE ...]"
         versions = f"llama-cpu {__version__}, torch {torch.__version__}"
         self.add_argument("--version", action="version", version=versions)
-        for name, parameter in inspect.signature(main).parameters.items():
-            text = " ".join(texts[name].split())
-            if parameter.kind == parameter.VAR_POSITIONAL:
-                self.add_argument(name, nargs="*", help=text, metavar="PROMPT")
-                self.usage += " [PROMPT ...]"
+        if prompts:
+            self.usage += " [PROMPT ...]"
+            self.add_argument("prompts", nargs="*", metavar="PROMPT", help=prompts)
+        for name, (kind, default, text) in flags.items():
+            if kind is bool:
+                options = {"action": "store_true"}
+            elif isinstance(kind, tuple):
+                options = {"type": as_choice, "choices": kind}
             else:
-                self.add_flag(name, parameter.annotation, parameter.default, text)
+                options = {"type": kind, "metavar": kind.__name__.upper()}
+            text += f" (default: {default})" if default else ""
+            self.add_argument(f"--{name}", default=default, help=text, **options)
 
-    def add_flag(self, name: str, annotation: type, default: object, text: str) -> None:
-        if annotation is bool:
-            self.add_argument(f"--{name}", action="store_true", help=text)
-            return
-        if NoneType in typing.get_args(annotation):  # X | None
-            annotation = typing.get_args(annotation)[0]
-        self.add_argument(
-            f"--{name}",
-            type=normalize_choice if typing.get_args(annotation) else annotation,
-            choices=typing.get_args(annotation) or None,  # of a Literal
-            default=default,
-            metavar=None if typing.get_args(annotation) else annotation.__name__.upper(),
-            help=text if default is None else f"{text} (default: {default})",
-        )
-
-    def parse(self, argv: Sequence[str]) -> tuple[Sequence[str], dict[str, typing.Any]]:
-        """The positional and the keyword arguments for main."""
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The values of the flags. All arguments after -- are prompts."""
         if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
-        name = re.compile(r"--[\w-]+(?==|$)")  # --max-gen-len is --max_gen_len
+        name = re.compile(r"--[\w-]+(?==|$)")
         flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, 1) for a in argv[:end]]
-        namespace, other = self.parse_known_intermixed_args(flags)
-        options, known = vars(namespace), self._option_string_actions
+        args, other = self.parse_known_intermixed_args(flags)
         if unknown := [arg for arg in other if arg.startswith("-")]:
-            flag = unknown[0].partition("=")[0]
+            flag, known = unknown[0].partition("=")[0], self._option_string_actions
             close = [name for name in known if name.startswith(flag)]
             close = close or difflib.get_close_matches(flag, known, 1, 0.7)
             hint = f": did you mean {close[0]}?" if close else ""
             print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
             sys.exit(2)
-        rest = argv[end + 1 :]
-        if "prompts" in options:
-            return [*options.pop("prompts"), *rest], options
-        if other or rest:
-            self.error(f"{[*other, *rest][0]!r} has no flag before it: --help lists the flags")
-        return (), options
+        rest = [*other, *argv[end + 1 :]]
+        if "prompts" in args:
+            args.prompts += rest
+        elif rest:
+            self.error(f"{rest[0]!r} has no flag before it: --help lists the flags")
+        return args
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
 
-def normalize_choice(text: str) -> str:
+def as_choice(text: str) -> str:
     """A choice as the flags spell it: 8 for int8, 13b for 13B, FP32 for float32."""
     text = text.upper() if re.fullmatch(r"\d+[bB]", text) else text.lower()
     return ALIASES.get(text, text)
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """How the flags say that tokens are drawn."""
+    return Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
 
 def set_threads(threads: int | None, folder: Path) -> None:

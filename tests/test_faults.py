@@ -130,6 +130,6 @@ runpy.run_path("example-cpu.py", run_name="__main__")
 
 
 def test_a_bug_shows_its_traceback():
-    code = "from llama import cli\ndef main():\n    'x'\n    {}['x']\ncli.run(main)"
+    code = "from llama import cli\ncli.run(lambda args: {}['x'], '', {})"
     errors = python("-c", code, text=True).stderr
     assert "Traceback" in errors and "KeyError" in errors

@@ -4,9 +4,16 @@ import os
 import re
 
 import pytest
-from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, write_shards
+from conftest import DEMO, TOKENIZER, error_line, printed, write_shards
 
-SCRIPTS = ["example-cpu.py", "example-chat.py", "merge-weights.py"]
+MODEL_FLAGS = (
+    "ckpt_dir tokenizer_path temperature top_p max_seq_len max_gen_len dtype quantize seed"
+)
+FLAGS = {
+    "example-cpu.py": f"{MODEL_FLAGS} max_batch_size prompt_file threads verbose",
+    "example-chat.py": f"{MODEL_FLAGS} style system threads verbose",
+    "merge-weights.py": "model_size input_dir output_dir dtype quantize overwrite",
+}
 BOM = b"\xef\xbb\xbf"
 
 
@@ -64,15 +71,13 @@ def test_a_prompt_is_utf_8_in_any_locale_and_what_is_not_is_replaced(run_script,
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--", "--help"]])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FLAGS)
 def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     done = run_script(script, *argv, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: python {script} ")
-    signature = (ROOT / script).read_text().partition("def main(")[2].partition(") -> None")[0]
-    names = re.findall(r"^    (\w+): ", signature, re.MULTILINE)
-    assert names and all(f"\n  --{name}" in done.stdout for name in names)
-    assert "Examples:\n" in done.stdout
+    assert all(f"\n  --{name} " in done.stdout for name in FLAGS[script].split())
+    assert f"Examples:\n  python {script}" in done.stdout
     assert "None" not in done.stdout and "Optional" not in done.stdout
 
 
