@@ -1,6 +1,5 @@
 """Writing a checkpoint as one merged.pth: in the dtype of its files, another one, or quantized."""
 
-import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from .errors import UserError
 from .model import ModelArgs
 from .params import read_params
 from .tokenizer import Tokenizer
-from .weights import FORMAT, Weight, open_checkpoint, quantization_of
+from .weights import FORMAT, Weight, as_bytes, open_checkpoint, quantization_of
 
 Write = Callable[[str, Tensor], None]
 Produce = Callable[[Write], None]  # writes all tensors
@@ -189,7 +188,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> No
         def write(name: str, tensor: Tensor) -> None:
             tensor = tensor.contiguous()
             file.seek(offsets[name])
-            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            file.write(as_bytes(tensor))
             bar.update(tensor.nbytes)
 
         produce(write)

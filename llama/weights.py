@@ -106,6 +106,11 @@ class Weight:
         return out
 
 
+def as_bytes(tensor: Tensor) -> ctypes.Array:
+    """The memory of a contiguous tensor."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+
+
 def drop_pages(tensor: Tensor) -> None:
     """Release the pages of a mapped tensor that were read. The file keeps the bytes."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
