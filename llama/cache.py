@@ -1,9 +1,9 @@
 """The key-value cache of one sequence, and attention to it.
 
-For one token, with p = softmax(q K^T / sqrt(head_dim)), q K^T and p V are weighted sums of rows: of
-K^T by q, and of V by p.
-`torch.embedding_bag` computes them at memory bandwidth; matmul and scaled_dot_product_attention
-take 2 to 10 times as long on AMD Zen 5 (512 and 2,000 positions), 1.4 times on an Intel Xeon.
+With p = softmax(q K^T / sqrt(head_dim)), attention is p V. For few tokens, q K^T and p V are weighted
+sums of rows: of K^T by q, and of V by p. `torch.embedding_bag` computes them at memory bandwidth.
+matmul and scaled_dot_product_attention take, for one token, 2 to 10 times as long on AMD Zen 5 and
+1.4 times on an Intel Xeon; for 8 tokens in bf16 or fp16, 25 times on a CPU that has only AVX2.
 """
 
 import functools
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 KEY_BLOCK = 64  # positions in a block of keys
-QUERY_CHUNK = 64  # tokens whose scores are computed at once: measured fastest
-MAX_SCORES = 2**23  # that are computed at once: bounds the memory at long contexts
+FEW_TOKENS = 16  # up to here sums of rows are faster than matrix products
+QUERY_CHUNK = 64  # tokens whose scores are computed at once
+CONVERTED = 2**19  # elements of keys that are converted to fp32 at once: they stay in the L2 cache
 
 
 class KVCache:
@@ -34,7 +35,7 @@ class KVCache:
         n_blocks = math.ceil(length / KEY_BLOCK)
         self.keys = torch.empty(n_layers, n_blocks, n_kv_heads, head_dim, KEY_BLOCK, dtype=dtype)
         self.values = torch.empty(n_layers, n_kv_heads, n_blocks * KEY_BLOCK, head_dim, dtype=dtype)
-        self.indices_end, self.indices = 0, ()
+        self.indices_for, self.indices = (0, 0), []
 
     def update(self, layer_id: int, start_pos: int, xk: Tensor, xv: Tensor) -> None:
         """Store keys and values, (n_tokens, n_kv_heads, head_dim), from start_pos on."""
@@ -57,54 +58,66 @@ class KVCache:
 
         xq and the result: (n_tokens, n_heads, head_dim).
         """
-        if len(xq) == 1:
-            return self.attend_one(layer_id, xq[0], end)[None]
-        step = max(min(QUERY_CHUNK, MAX_SCORES // (xq.shape[1] * end)), 1)
-        outputs, start_pos = [], end - len(xq)
-        for queries in xq.split(step):
-            start_pos += len(queries)
-            outputs.append(self.attend_many(layer_id, queries, start_pos))
-        return torch.cat(outputs)
+        queries = (xq / math.sqrt(xq.shape[2])).transpose(0, 1)
+        attend = self.attend_few if len(xq) <= FEW_TOKENS else self.attend_many
+        return attend(layer_id, queries, end).transpose(0, 1).type_as(xq)
 
-    def attend_one(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
-        """Attention of one token, (n_heads, head_dim) like xq, by weighted sums of rows."""
-        key_rows, value_rows = self.row_indices(len(xq), end)
-        queries = (xq / math.sqrt(xq.shape[1])).to(self.keys.dtype)
-        queries = queries[:, None].expand(-1, len(key_rows) // len(xq), -1)
-        scores = weighted_sums(self.keys[layer_id], key_rows, queries)
-        weights = scores.view(len(xq), -1)[:, :end].softmax(1, torch.float32)
-        weights = weights.to(self.values.dtype)
-        return weighted_sums(self.values[layer_id], value_rows, weights).type_as(xq)
+    def attend_few(self, layer_id: int, queries: Tensor, end: int) -> Tensor:
+        """By weighted sums of rows. (n_heads, n_tokens, head_dim), like the queries."""
+        n_heads, n_tokens, _ = queries.shape
+        key_rows, value_rows = self.row_indices(n_heads, n_tokens, end)
+        n_blocks = len(key_rows) // (n_heads * n_tokens)
+        by_block = queries.to(self.keys.dtype)[:, None].expand(-1, n_blocks, -1, -1)
+        scores = weighted_sums(self.keys[layer_id], key_rows, by_block)
+        scores = scores.view(n_heads, n_blocks, n_tokens, KEY_BLOCK).transpose(1, 2).flatten(2)
+        weights = causal_softmax(scores[..., :end]).to(self.values.dtype)
+        return weighted_sums(self.values[layer_id], value_rows, weights).view(queries.shape)
 
-    def attend_many(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
-        """Attention of several tokens, by matrix products."""
-        n_tokens, _, head_dim = xq.shape
-        # Whole blocks are contiguous: matmul does not copy them.
-        keys = self.keys[layer_id, : math.ceil(end / KEY_BLOCK)]
-        queries = (xq / math.sqrt(head_dim)).to(keys.dtype).unflatten(1, (keys.shape[1], -1))
-        queries = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (n_kv_heads, -1, head_dim)
-        scores = (queries @ keys).permute(1, 2, 0, 3).flatten(2)[..., :end]
-        mask = torch.ones(n_tokens, end, dtype=torch.bool).triu(end - n_tokens + 1)
-        scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(mask, -math.inf)
-        weights = scores.softmax(-1, torch.float32).to(keys.dtype).flatten(1, 2)
-        output = weights @ self.values[layer_id, :, :end]  # (n_kv_heads, -1, head_dim)
-        output = output.unflatten(1, (-1, n_tokens)).permute(2, 0, 1, 3)
-        return output.flatten(1, 2).type_as(xq)
+    def attend_many(self, layer_id: int, queries: Tensor, end: int) -> Tensor:
+        """The same by matrix products in fp32, which every CPU has; some heads at a time."""
+        _, n_kv_heads, _, head_dim = self.values.shape
+        queries = queries.float().unflatten(0, (n_kv_heads, -1))  # (n_kv_heads, -1, n_tokens, ...)
+        output, n_blocks = torch.empty_like(queries), math.ceil(end / KEY_BLOCK)
+        step = max(CONVERTED // (head_dim * end), 1)
+        for heads in (slice(n, n + step) for n in range(0, n_kv_heads, step)):
+            keys = self.keys[layer_id, :n_blocks, heads].permute(1, 2, 0, 3).float().flatten(2)
+            values = self.values[layer_id, heads, :end].float()
+            pos = end - queries.shape[2]
+            chunks = zip(queries[heads].split(QUERY_CHUNK, 2), output[heads].split(QUERY_CHUNK, 2))
+            for q, out in chunks:
+                pos += q.shape[2]
+                scores = (q.flatten(1, 2) @ keys[..., :pos]).view(*q.shape[:3], pos)
+                weights = causal_softmax(scores).flatten(1, 2)
+                out.copy_((weights @ values[:, :pos]).view(q.shape))
+        return output.flatten(0, 1)
 
-    def row_indices(self, n_heads: int, end: int) -> tuple[Tensor, ...]:
+    def row_indices(self, n_heads: int, n_tokens: int, end: int) -> list[Tensor]:
         """Indices into a layer's keys and values, for `weighted_sums`. All layers share them.
 
-        int32 (n_heads * number of blocks, head_dim), and (n_heads, end).
+        int32 (n_heads * number of blocks * n_tokens, head_dim), and (n_heads * n_tokens, end).
         """
         _, n_blocks, n_kv_heads, head_dim, _ = self.keys.shape
-        if self.indices_end != end:
+        if self.indices_for != (n_tokens, end):
             arange = functools.partial(torch.arange, dtype=torch.int32)
             head = (arange(n_heads) // (n_heads // n_kv_heads))[:, None]
             block = head + n_kv_heads * arange(math.ceil(end / KEY_BLOCK))
             key_rows = block.view(-1, 1) * head_dim + arange(head_dim)
             value_rows = head * n_blocks * KEY_BLOCK + arange(end)
-            self.indices_end, self.indices = end, (key_rows, value_rows)
+            # All tokens read a block one after another, while it is in the cache of the CPU.
+            self.indices = [rows.repeat_interleave(n_tokens, 0) for rows in (key_rows, value_rows)]
+            self.indices_for = n_tokens, end
         return self.indices
+
+
+def causal_softmax(scores: Tensor) -> Tensor:
+    """fp32 softmax of the scores (..., n_tokens, end) of the last n_tokens before position `end`.
+
+    Sets the scores of later positions to -inf.
+    """
+    n_tokens, end = scores.shape[-2:]
+    if n_tokens > 1:
+        scores[..., end - n_tokens :] += torch.full((n_tokens, n_tokens), -math.inf).triu_(1)
+    return scores.softmax(-1, torch.float32)
 
 
 def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

@@ -3,19 +3,20 @@
 Only this file uses operators that are not PyTorch's public API. Each has a plain fallback, for a
 PyTorch or a CPU without it.
 
-| weights | CPU                   | up to 3 tokens          | more tokens                   |
-|---------|-----------------------|-------------------------|-------------------------------|
-| fp32    | AMD                   | sums of rows of W^T     | oneDNN, blocks of W^T         |
-| fp32    | AVX512                | F.linear for one token  | oneDNN                        |
-| fp32    | others                | F.linear                | F.linear                      |
-| bf16    | AVX512, AMX           | oneDNN, its own layout  | the same                      |
-| bf16    | others                | F.linear                | blocks converted to fp32      |
-| int8    | VNNI                  | oneDNN, int8 activations| the same                      |
-| int8    | others                | _weight_int8pack_mm     | blocks converted to fp32      |
-| int4    | VNNI                  | _weight_int4pack_mm (*) | blocks unpacked to int8       |
-| int4    | others                | _weight_int4pack_mm (*) | blocks unpacked to fp32       |
+| weights | CPU       | few tokens                   | more tokens                     |
+|---------|-----------|------------------------------|---------------------------------|
+| fp32    | AMD       | sums of rows of W^T (3)      | oneDNN, blocks of W^T           |
+| fp32    | AVX512    | F.linear (1)                 | oneDNN                          |
+| fp32    | others    | F.linear                     | the same                        |
+| bf16    | AVX512    | oneDNN, its own layout       | the same                        |
+| bf16    | others    | F.linear (3)                 | blocks converted to fp32        |
+| int8    | VNNI      | oneDNN, int8 activations     | the same                        |
+| int8    | others    | _weight_int8pack_mm (31)     | blocks converted to fp32        |
+| int4    | VNNI      | _weight_int4pack_mm (63)     | blocks unpacked to int8         |
+| int4    | others    | _weight_int4pack_mm (63)     | blocks unpacked to fp32         |
 
-(*) up to 63 tokens, if out_features is a multiple of 64.
+In parentheses: up to how many tokens. The 8-bit operator needs in_features that are a multiple of 16,
+the 4-bit operator out_features that are a multiple of 64.
 
 `python tests/benchmark.py kernels` measures all of them on the CPU at hand.
 """

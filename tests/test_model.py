@@ -100,13 +100,31 @@ def test_every_position_agrees_with_the_naive_model(model, naive):
     assert relative_error(logits_of(model, LONG, 0, None), naive) < 1e-4
 
 
-@pytest.mark.parametrize("n_new", [1, 2, 8, 64, 65])
+@pytest.mark.parametrize("n_new", [1, 2, 16, 17, 65])
 @pytest.mark.parametrize("start", [1, 60, 100])
 def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, start, n_new):
     cache = model.new_cache(200)
     logits_of(model, LONG[:start], 0, cache)
     end = start + n_new
     assert relative_error(logits_of(model, LONG[start:end], start, cache), naive[start:end]) < 1e-4
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 20, 70])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_attention_to_a_long_cache_is_the_softmax_of_its_scores(dtype, bound, n_tokens):
+    """So long that the heads of many tokens are not converted to fp32 at once."""
+    end, head_dim, generator = 700, 512, torch.Generator().manual_seed(0)
+    sizes = [(n_tokens, 6), (end, 3), (end, 3)]
+    xq, *kv = (torch.randn(*size, head_dim, generator=generator) for size in sizes)
+    xk, xv = (x.to(dtype) for x in kv)
+    cache = KVCache(1, 3, head_dim, 800, dtype)
+    cache.update(0, 0, xk, xv)
+    k, v = (x.double().repeat_interleave(2, 1) for x in (xk, xv))
+    scores = torch.einsum("qhd,khd->hqk", xq.double(), k) / math.sqrt(head_dim)
+    future = torch.ones(n_tokens, end).triu(end - n_tokens + 1).bool()
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, v)
+    assert relative_error(cache.attend(0, xq, end), expected) < bound
 
 
 def test_positions_beyond_the_context_are_refused(model):

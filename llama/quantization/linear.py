@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear import (
-    FEW_TOKENS,
     fp32_blocks,
     has_int8pack,
     has_vnni,
@@ -38,6 +37,7 @@ from ..linear import (
 from .rounding import int4_group_size, quantize_int4, row_scales
 
 ROUNDING = torch.tensor(128.5)  # zero point 128, and 0.5: conversion to uint8 truncates
+INT8PACK_TOKENS = 32  # from here on converting int8 to fp32 is faster than the 8-bit operator
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
 
@@ -141,9 +141,9 @@ class Int8Linear(QuantizedLinear):
         if has_vnni():
             return int8_linear(*round_activations(x), self.weight, self.scales)
         # PyTorch 2.13 reads past the end of rows that are not a multiple of 16 long.
-        if len(x) < FEW_TOKENS and has_int8pack() and x.shape[1] % 16 == 0:
+        if len(x) < INT8PACK_TOKENS and has_int8pack() and x.shape[1] % 16 == 0:
             return int8pack_linear(x.bfloat16(), self.weight, self.scales.bfloat16()).float()
-        return linear_by_blocks(x, self.blocks())
+        return linear_by_blocks(x, fp32_blocks(self.weight)).mul_(self.scales)
 
     def blocks(self) -> Iterator[Tensor]:
         for rows in row_blocks(*self.shape):
