@@ -114,7 +114,7 @@ def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alon
         if case not in SMALL_GROUPS:
             exact = alone["demo" if "demo" in case[0] else "1 shards", "float32", None]["logits"]
             error = relative_error(found["logits"], exact)
-            assert error < 1.15 * relative_error(alone[case]["logits"], exact) + 1e-5, case
+            assert error < 1.5 * relative_error(alone[case]["logits"], exact) + 1e-5, case
 
 
 def test_every_rank_holds_its_part(ranks, alone):
