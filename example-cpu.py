@@ -40,7 +40,7 @@ def main(args: Namespace) -> None:
     if args.verbose:
         cli.report(model)
 
-    prompts = prompts or [DEMO_PROMPT if cli.is_demo(folder) else PROMPT]
+    prompts = prompts or [DEMO_PROMPT if folder.resolve() == cli.DEMO else PROMPT]
     if len(prompts) == 1:
         texts = [model.stream(prompts[0], **vars(sampling))]
     else:

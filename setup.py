@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
@@ -7,10 +9,5 @@ setup(
     license="GPL-3.0-only",
     packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.13,<3",
-        "sentencepiece>=0.2,<1",
-        "tqdm>=4.60,<5",
-        "psutil>=5.9,<8",
-    ],
+    install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
 )

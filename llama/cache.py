@@ -50,8 +50,9 @@ class KVCache:
 
     def read(self, layer_id: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of some positions, (n_positions, n_kv_heads, head_dim)."""
-        keys = self.keys[layer_id].permute(0, 3, 1, 2).contiguous().flatten(0, 1)[start:end]
-        return keys, self.values[layer_id, :, start:end].transpose(0, 1).clone()
+        positions = torch.arange(start, end)
+        keys = self.keys[layer_id][positions // KEY_BLOCK, :, :, positions % KEY_BLOCK]
+        return keys.contiguous(), self.values[layer_id, :, start:end].transpose(0, 1).clone()
 
     def attend(self, layer_id: int, xq: Tensor, end: int) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v of the last len(xq) tokens before position `end`.
@@ -103,7 +104,7 @@ class KVCache:
             block = head + n_kv_heads * arange(math.ceil(end / KEY_BLOCK))
             key_rows = block.view(-1, 1) * head_dim + arange(head_dim)
             value_rows = head * n_blocks * KEY_BLOCK + arange(end)
-            # All tokens read a block one after another, while it is in the cache of the CPU.
+            # All tokens read a block one after another, while it is in the L1 cache.
             self.indices = [rows.repeat_interleave(n_tokens, 0) for rows in (key_rows, value_rows)]
             self.indices_for = n_tokens, end
         return self.indices

@@ -101,16 +101,13 @@ class Chat:
         self.limit = llama.model.args.max_seq_len
         self.generator = sampling.generator()
         self.system = style.system if system is None else system
+        cache, lookup = llama.model.new_cache(self.limit), PromptLookup(sampling.prompt_lookup)
+        self.context = Context([], cache, lookup, torch.empty(0))
         self.reset()
 
     def reset(self) -> None:
         """Begin a new conversation."""
-        self.context = Context(
-            [],
-            self.llama.model.new_cache(self.limit),
-            PromptLookup(self.sampling.prompt_lookup),
-            torch.empty(0),
-        )
+        self.truncate(0)
         self.message_starts: list[int] = []  # where each turn's message begins in the context
         self.last_message, self.last_turn_start = "", 0
         self.begin_reply()
@@ -119,7 +116,7 @@ class Chat:
         """Reset what `status` reports of a reply."""
         self.llama.timings = Timings()
         self.n_new, self.is_cut = 0, False  # tokens; whether max_gen_len ended it
-        self.n_evicted, self.is_halved = 0, False  # turns; whether the start of its own was
+        self.n_evicted, self.is_halved = 0, False  # turns; whether its own turn was truncated
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
@@ -229,7 +226,7 @@ class Chat:
             context.n_cached = n_cached - (end - start)
 
     def remove_tail(self, tail: str) -> None:
-        """Remove a text from the end of the context. Its first token may hold text that stays."""
+        """Remove a text from the end of the context. A token that it shares is encoded again."""
         tokenizer, tokens, n = self.llama.tokenizer, self.context.tokens, 0
         while tail and n < self.n_new:
             n += 1

@@ -37,7 +37,7 @@ def find_shards(folder: Path) -> list[Path]:
 def nearest_tokenizer(folder: Path) -> Path:
     """tokenizer.model in the folder or, as in Meta's download, beside the folders 7B, 13B, ...
 
-    One beside a params.json belongs to that model.
+    A folder with a params.json is a model, and its tokenizer.model is that model's.
     """
     path, above = folder / "tokenizer.model", folder.parent / "tokenizer.model"
     is_shared = above.exists() and not above.with_name("params.json").exists()
@@ -210,15 +210,12 @@ def load(
     check_context(params, max_seq_len)
     if quantize and quantization_of(weights):
         raise UserError("the weights are quantized already: leave out `quantize`")
-    mtimes = [path.stat().st_mtime_ns for path in paths]
     if torch.distributed.is_initialized():
         from .parallel import shard_weights
 
         weights = shard_weights(weights, args)
     check_memory(weights, args, quantize)
     model = build(args, weights, quantize, tokenizer)
-    if mtimes != [path.stat().st_mtime_ns for path in paths]:
-        raise UserError(f"a file in {folder} was written to while it was read: try again")
     return LLaMA(model, tokenizer, params.get("chat_style", "dialog"))
 
 
@@ -244,10 +241,16 @@ def build(
     args: ModelArgs, weights: dict[str, Weight], quantize: str | None, tokenizer: Tokenizer
 ) -> Transformer:
     """The model with its weights, each read once and converted into its final form."""
-    model = empty_model(args, quantize or quantization_of(weights))
+    scheme = quantize or quantization_of(weights)
+    model = empty_model(args, scheme)
     total = sum(weight.shape.numel() for weight in weights.values())
     options = {"unit": " weights", "unit_scale": True, "disable": None}
     with tqdm(desc="loading", total=total, **options) as bar:
+
+        def read(name: str, dtype: torch.dtype) -> Tensor:
+            bar.update(weights[name].shape.numel())
+            return weights[name].read(dtype)
+
         if quantize:
             from .quantization.calibration import calibrate, calibration_tokens
 
@@ -257,22 +260,20 @@ def build(
             tokens = calibration_tokens(tokenizer, args.vocab_size)
             calibrate(model, weights, tokens, on_quantized)
         for path, module in list(model.named_modules()):
-            state = {} if list(module.children()) else module.state_dict()
-            if not any(tensor.is_meta for tensor in state.values()):
-                continue
-            state = {n: weights[f"{path}.{n}"].read(t.dtype) for n, t in state.items()}
-            bar.update(sum(tensor.numel() for tensor in state.values()))
             if isinstance(module, nn.Linear):
-                model.set_submodule(path, fast_linear(state["weight"]))
-            else:
-                module.load_state_dict(state, assign=True)
-        if torch.distributed.is_initialized():
-            from .parallel import parallelize, split_corrections
+                weight = read(f"{path}.weight", module.weight.dtype)
+                model.set_submodule(path, fast_linear(weight))
+        missing = {name: t.dtype for name, t in model.state_dict().items() if t.is_meta}
+        state = {name: read(name, dtype) for name, dtype in missing.items()}
+        model.load_state_dict(state, strict=False, assign=True)
+    if torch.distributed.is_initialized():
+        from .parallel import parallelize, split_corrections
 
-            if not quantize:
-                split_corrections(model)
-            parallelize(model)
-        for module in model.modules():
-            if hasattr(module, "prepare"):
-                module.prepare()
+        if not quantize:
+            split_corrections(model)
+        parallelize(model)
+    if scheme:
+        from .quantization.linear import prepare
+
+        prepare(model)
     return model.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ import torch
 
 from . import __version__
 from .checkpoint import SCHEMES, find_files, nearest_tokenizer
-from .errors import UserError, check, one_line
+from .errors import UserError, check
 from .generation import LLaMA
 from .sampling import Sampling
 from .system import available_cpus, busy_cores, peak_memory
@@ -67,9 +67,8 @@ def run(
         getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     warnings.showwarning = lambda message, *_: notice(f"warning: {params_to_flags(str(message))}")
     try:
-        args = Parser(doc, flags, prompts).parse(sys.argv[1:])
         with distributed():
-            main(args)
+            main(Parser(doc, flags, prompts).parse(sys.argv[1:]))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -83,7 +82,7 @@ def run(
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             fail("out of memory: close programs, or ask for less at once")
-        if re.search("Connection (closed|reset)|gloo", str(error)):
+        if "gloo/transport" in str(error):
             fail("the connection to another rank is lost: it has ended")
         if re.search("can't start new thread|Resource temporarily unavailable", str(error)):
             fail("the system allows no more threads: raise its limit (ulimit -u), or end programs")
@@ -92,7 +91,7 @@ def run(
 
 def distributed() -> typing.ContextManager[None]:
     """The ranks that torchrun has started, if it has."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if torch.distributed.is_torchelastic_launched():
         from .parallel import init_distributed
 
         return init_distributed()
@@ -110,13 +109,14 @@ def from_rank0(function: Callable, *args: object) -> typing.Any:
 
 def fail(message: str) -> typing.NoReturn:
     """End with an error line and exit code 1; under torchrun only one rank prints it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    message = "error: " + "".join(c if c.isprintable() else " " for c in message)[:500]
+    if torch.distributed.is_torchelastic_launched():
         from .parallel import first_to_report
 
         if first_to_report():
-            print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for the other ranks
-    sys.exit(f"error: {one_line(message)}")
+    sys.exit(message)
 
 
 def discard_stdout() -> None:
@@ -170,8 +170,8 @@ class Parser(argparse.ArgumentParser):
         if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
-        name = re.compile(r"--[\w-]+(?==|$)")
-        flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, 1) for a in argv[:end]]
+        name = re.compile(r"\A--[\w-]+(?==|\Z)")
+        flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv[:end]]
         args, other = self.parse_known_intermixed_args(flags)
         if unknown := [arg for arg in other if arg.startswith("-")]:
             flag, known = unknown[0].partition("=")[0], self._option_string_actions
@@ -218,13 +218,10 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
-    if ckpt_dir is not None:
-        folder = Path(ckpt_dir)
-    else:
-        folder = next((f for f in (Path("model"), ROOT / "model") if find_files(f)), None)
-        if folder is None:
-            folder = DEMO
-            notice(f"no weights in ./model: running the demo model, {folder}")
+    models = (f for f in (Path("model"), ROOT / "model") if find_files(f))
+    folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
+    if ckpt_dir is None and folder == DEMO:
+        notice(f"no weights in ./model: running the demo model, {folder}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 
@@ -237,7 +234,10 @@ def find_tokenizer(folder: Path) -> Path:
 
 def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
     """The texts to continue: arguments, stdin for -, and a file."""
-    texts = [read_stdin() if p == "-" else clean(p) for p in prompts]
+    # Bytes of the command line that are not UTF-8 become U+FFFD.
+    texts = [
+        read_stdin() if p == "-" else os.fsencode(p).decode("utf-8", "replace") for p in prompts
+    ]
     if prompt_file is not None:
         try:
             texts.append(Path(prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n"))
@@ -256,11 +256,6 @@ def read_stdin() -> str:
     if not text:
         raise UserError("stdin is empty, and - reads the prompt from it")
     return text
-
-
-def clean(text: str) -> str:
-    """A command-line argument as text: bytes that are not UTF-8 become U+FFFD."""
-    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def report(llama: LLaMA) -> None:
@@ -283,7 +278,3 @@ def contention() -> str:
         return ""
     better = max(round(cores - busy), 1)
     return f", other programs use {busy:.1f} of {cores} cores: --threads {better} may be faster"
-
-
-def is_demo(folder: Path) -> bool:
-    return folder.resolve() == DEMO

@@ -30,8 +30,3 @@ def check_file(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise UserError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
-
-
-def one_line(error: object) -> str:
-    """An error's text without line breaks and escape sequences, at most 500 characters long."""
-    return "".join(c if c.isprintable() else " " for c in str(error))[:500]

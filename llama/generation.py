@@ -41,7 +41,10 @@ class Context:
 
 @dataclass
 class Timings:
-    """Counts and seconds of prompt tokens, generated tokens and decoding passes."""
+    """Tokens and seconds. The first pass counts as part of the prompt.
+
+    `new_passes` counts the later passes of each sequence of a batch.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -105,7 +108,8 @@ class LLaMA:
         Returns:
             Each prompt with its continuation.
         Raises:
-            UserError: A prompt is longer than the context, or an option is unknown or out of range.
+            UserError: A prompt is longer than the context, or an option is out of range.
+            TypeError: An option is unknown.
         """
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
         check(isinstance(prompts, Iterable), "prompts", "a text or several", prompts)
@@ -158,7 +162,7 @@ class LLaMA:
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
             try:
-                tokens = [operator.index(token) for token in prompt]
+                tokens = [operator.index(token) for token in prompt if type(prompt) is not bytes]
             except TypeError:
                 tokens = []
             good = len(tokens) > 0 and 0 <= min(tokens) and max(tokens) < n_words
@@ -207,7 +211,7 @@ class LLaMA:
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """Run chunks of PREFILL_TOKENS, until the caches lack no more than that for `step`."""
+        """Run the contexts' tokens except the last PREFILL_TOKENS, which `step` runs."""
         rest = n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
@@ -229,8 +233,8 @@ class LLaMA:
             and one more.
         """
         limit = self.model.args.max_seq_len
-        rooms = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in contexts]
-        drafts = [c.lookup.draft(c.tokens)[:room] for c, room in zip(contexts, rooms)]
+        most = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in contexts]
+        drafts = [c.lookup.draft(c.tokens)[:n] for c, n in zip(contexts, most)]
         sizes = [len(draft) + 1 for draft in drafts]
         chunks = [[*c.tokens[c.n_cached :], *draft] for c, draft in zip(contexts, drafts)]
         hidden = self.feed(contexts, chunks).split([len(chunk) for chunk in chunks])
@@ -256,11 +260,11 @@ class LLaMA:
 
         The next pass overwrites the keys and values of rejected tokens.
         """
-        n_right = len(commonprefix([draft, drawn]))
-        new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_right + 1]))
-        is_end = len(new) <= n_right
-        context.n_cached = len(context.tokens) + min(n_right, len(new))
+        n_accepted = len(commonprefix([draft, drawn]))
+        new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_accepted + 1]))
+        is_end = len(new) <= n_accepted
+        context.n_cached = len(context.tokens) + min(n_accepted, len(new))
         context.tokens += new
         context.uniforms = context.uniforms[:0] if is_end else context.uniforms[len(new) :]
-        context.lookup.adapt(len(draft), n_right)
+        context.lookup.adapt(len(draft), n_accepted)
         return new

@@ -4,6 +4,7 @@ A folder has config.json, tokenizer.model, and weights as safetensors or as torc
 """
 
 import json
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -47,11 +48,11 @@ FILES = (  # of weights: the first of these that a folder has
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 )
-CHAT_STYLES = {  # text in a chat template: the style that it shows; the first that matches
-    "<|im_start|>": "chatml",
-    "<|user|>": "zephyr",
+CHAT_STYLES = {  # pattern in a chat template: its style; the first that matches
+    r"<\|im_start\|>": "chatml",
+    r"<\|user\|>.{1,40}eos_token": "zephyr",
     "<<SYS>>": "llama2",
-    "[INST]": "mistral",
+    r"\[INST\]": "mistral",
 }
 
 
@@ -155,7 +156,7 @@ def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     found = {
         "added_tokens": {text: token for text, token in added.items() if token in ids},
         "eos_token_id": sorted({*ends}),
-        "chat_style": next((style for mark, style in CHAT_STYLES.items() if mark in text), None),
+        "chat_style": next((s for mark, s in CHAT_STYLES.items() if re.search(mark, text)), None),
     }
     if template and not found["chat_style"]:
         warnings.warn(

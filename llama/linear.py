@@ -125,7 +125,7 @@ def has_int8pack() -> bool:
 def int4_interleaving() -> int:
     """How many rows PyTorch's 4-bit layout interleaves on this CPU; 0 if it is not known.
 
-    Known layouts go input by input for n rows at a time: row j shares a byte with row j + n / 2.
+    Known layouts pack n rows together: for each input, byte j has row j (low) and j + n / 2 (high).
     """
     q = (torch.arange(128)[:, None] * 7 + torch.arange(64) * 3) % 16
     try:
@@ -151,11 +151,9 @@ def unpack_int4(packed: Tensor, interleaving: int) -> Tensor:
     return out.view(torch.int8).flatten(1)
 
 
-def row_blocks(
-    n_rows: int, n_columns: int, size: int = BLOCK_SIZE, multiple: int = 64
-) -> list[slice]:
-    """Slices of about `size` elements; each starts at a multiple of `multiple` rows."""
-    step = max(multiple, size // n_columns // multiple * multiple)
+def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
+    """Slices of about BLOCK_SIZE elements; each starts at a multiple of 64 rows."""
+    step = max(BLOCK_SIZE // n_columns // 64, 1) * 64
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
@@ -171,7 +169,7 @@ def linear_by_blocks(x: Tensor, blocks: Iterator[Tensor]) -> Tensor:
 
 
 class PlainLinear(nn.Module):
-    """PyTorch's own product; for many tokens in bf16, in fp32 block by block."""
+    """F.linear; for many tokens, weights of 16 bits are converted to fp32 block by block."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -219,16 +217,13 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) < FEW_TOKENS:
-            return torch.cat([self.forward_one(row) for row in x])
+            n_blocks, in_features, _ = self.table.shape
+            rows = all_rows(n_blocks, in_features)
+            sums = [weighted_sums(self.table, rows, row.expand(n_blocks, -1)) for row in x]
+            return torch.stack(sums).flatten(1)[:, : self.out_features]
         multiply = onednn_linear if has_onednn(torch.float32) else F.linear
         y = torch.cat([multiply(x, block.t()) for block in self.table], 1)
         return y[:, : self.out_features]
-
-    def forward_one(self, x: Tensor) -> Tensor:
-        n_blocks, in_features, _ = self.table.shape
-        rows = all_rows(n_blocks, in_features)
-        y = weighted_sums(self.table, rows, x.expand(n_blocks, -1))
-        return y.view(1, -1)[:, : self.out_features]
 
 
 @functools.lru_cache(maxsize=8)  # a model has some five shapes

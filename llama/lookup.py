@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-NGRAMS = (3, 2)  # numbers of last tokens that are looked up in the context
+NGRAMS = (3, 2)  # n of the n-grams that are looked up, longest first
 FIRST_LENGTH = 4  # of a draft
-MAX_FAILURES = 5  # drafting pauses for at most 2**5 passes
+MAX_PAUSE = 32  # passes without a draft
 
 
 class PromptLookup:
@@ -19,12 +19,12 @@ class PromptLookup:
 
     def __init__(self, limit: int):
         self.limit, self.length = limit, min(FIRST_LENGTH, limit)
-        self.n_failures = self.pause = 0
+        self.backoff = self.pause = 0  # passes without a draft: after the last failure; left
         self.reset()
 
     def reset(self) -> None:
         """Forget the context. Call it after tokens were removed from the context."""
-        self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: position after its last one
+        self.continuations: dict[tuple[int, ...], int] = {}  # n-gram: index of the token after it
         self.n_seen = 1
 
     def draft(self, tokens: Sequence[int]) -> list[int]:
@@ -51,5 +51,5 @@ class PromptLookup:
         if n_drafted:
             length = 2 * self.length if n_accepted == n_drafted else n_accepted
             self.length = min(max(length, 2), self.limit)
-            self.n_failures = 0 if n_accepted else min(self.n_failures + 1, MAX_FAILURES)
-            self.pause = 0 if n_accepted else 2**self.n_failures
+            self.backoff = 0 if n_accepted else min(2 * self.backoff or 2, MAX_PAUSE)
+            self.pause = self.backoff

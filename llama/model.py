@@ -49,18 +49,6 @@ class ModelArgs:
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467, eq. 4)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
     """exp(i m theta^(-2j / head_dim)) for positions m < end, as complex64 (end, head_dim / 2)."""
     exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
@@ -83,7 +71,7 @@ class Segment(NamedTuple):
 
     start_pos: int
     n_tokens: int
-    cache: KVCache | None = None  # None: a single pass, nothing is kept
+    cache: KVCache | None = None  # None: start_pos is 0, and keys and values are not kept
 
 
 class Attention(nn.Module):
@@ -137,8 +125,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(layer_id, args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)  # arXiv 1910.07467, eq. 4
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, segments: Sequence[Segment]) -> Tensor:
         h = x + self.attention(self.attention_norm(x), freqs_cis, segments)
@@ -165,7 +153,7 @@ class Transformer(nn.Module):
         embeddings = torch.empty(args.vocab_size, args.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
 

@@ -6,6 +6,7 @@ it (wo w2) are row-parallel: their partial results are summed by two all-reduces
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -50,14 +51,15 @@ def init_distributed() -> Iterator[None]:
 
 def connect(store: dist.Store) -> None:
     """Open a TCP connection to every other rank."""
-    rank, server = dist.get_rank(), socket.create_server(("", 0))
-    store.set(f"address {rank}", json.dumps([own_host(), server.getsockname()[1]]))
-    for other in range(rank):
-        links[other] = socket.create_connection(json.loads(store.get(f"address {other}")))
-        links[other].sendall(rank.to_bytes(4, "big"))
-    while len(links) < dist.get_world_size() - 1:
-        link, _ = server.accept()
-        links[int.from_bytes(link.recv(4, socket.MSG_WAITALL), "big")] = link
+    rank = dist.get_rank()
+    with socket.create_server(("", 0)) as server:
+        store.set(f"address {rank}", json.dumps([own_host(), server.getsockname()[1]]))
+        for other in range(rank):
+            links[other] = socket.create_connection(json.loads(store.get(f"address {other}")))
+            links[other].sendall(rank.to_bytes(4, "big"))
+        while len(links) < dist.get_world_size() - 1:
+            link, _ = server.accept()
+            links[int.from_bytes(link.recv(4, socket.MSG_WAITALL), "big")] = link
     for link in links.values():
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * SMALL)
@@ -114,7 +116,7 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
     if dim is None or not spec.unit:
         return None
     # Ranks get whole heads, whole outputs, and multiples of 64 hidden features (int4's groups).
-    hidden = args.hidden_dim // min(args.hidden_dim & -args.hidden_dim, 64)
+    hidden = args.hidden_dim // math.gcd(args.hidden_dim, 64)
     n_units = {"heads": args.n_kv_heads, "hidden": hidden, "vocab": args.vocab_size}[spec.unit]
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     starts = [offset(n_units, n) * shape[dim] for n in range(n_ranks + 1)]
@@ -128,25 +130,21 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
 
 def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weight]:
     """This rank's part of every weight."""
-    return {
-        name: shard_weight(weight, shard_range(name, weight.shape, args))
-        for name, weight in weights.items()
-    }
-
-
-def shard_weight(weight: Weight, where: tuple[int, int, int] | None) -> Weight:
-    if where is None:
-        return weight
-    dim, start, end = where
-    shape, parts = list(weight.shape), []
-    shape[dim] = end - start
-    for tensor in weight.parts:
-        length = tensor.shape[dim]
-        first, last = max(start, 0), min(end, length)
-        if first < last:
-            parts.append(tensor.narrow(dim, first, last - first))
-        start, end = start - length, end - length
-    return Weight(weight.name, parts, dim, torch.Size(shape), weight.mapped)
+    parts = {}
+    for name, weight in weights.items():
+        parts[name] = weight
+        if where := shard_range(name, weight.shape, args):
+            dim, start, end = where
+            shape, tensors = list(weight.shape), []
+            shape[dim] = end - start
+            for tensor in weight.parts:
+                length = tensor.shape[dim]
+                first, last = max(start, 0), min(end, length)
+                if first < last:
+                    tensors.append(tensor.narrow(dim, first, last - first))
+                start, end = start - length, end - length
+            parts[name] = Weight(weight.name, tensors, dim, torch.Size(shape), weight.mapped)
+    return parts
 
 
 def shard_model(model: Transformer) -> None:

@@ -51,8 +51,7 @@ class Sampling:
     def generator(self) -> torch.Generator:
         """The source of random numbers for one call of `generate`, or one chat."""
         generator = torch.Generator()
-        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
-        return generator
+        return generator.manual_seed(generator.seed() if self.seed is None else self.seed)
 
     def uniforms(self, generator: torch.Generator) -> Tensor:
         """A random number from 0 to 1 for each of max_gen_len tokens, fp64."""
@@ -92,7 +91,7 @@ def sample(
 def penalize(logits: Tensor, sequences: Iterable[Sequence[int]], penalty: float) -> Tensor:
     """Divide the logits of tokens that a sequence has by the penalty (arXiv 1909.05858, 4.1).
 
-    A negative logit is multiplied, as in all implementations: dividing would make it more probable.
+    A negative logit is multiplied, as in transformers: dividing would make it more probable.
     """
     logits = logits.clone()
     for row, tokens in zip(logits, sequences):
@@ -109,7 +108,7 @@ def sample_top_p(probs: Tensor, p: float, uniforms: Tensor) -> Tensor:
         if best.sum(-1).min() >= p:
             break
     mass_before = best.cumsum(-1) - best
-    best[(mass_before >= p) & (mass_before > 0)] = 0
+    best[:, 1:][mass_before[:, 1:] >= p] = 0  # the most probable one stays, even if p is 0
     cumulative = best.double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     last = (best > 0).sum(-1, keepdim=True) - 1

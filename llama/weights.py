@@ -29,7 +29,7 @@ class WeightSpec(NamedTuple):
     """How a weight of shape (out_features, in_features) is divided."""
 
     split_dim: int  # the dimension that Meta's shards divide
-    unit: str | None  # what ranks divide in it. None: every rank has the whole weight
+    unit: str | None  # ranks get whole ones of these. None: every rank has the whole weight
 
 
 WEIGHTS = {  # norms are not here: they are whole in every shard
@@ -69,7 +69,7 @@ class Weight:
         name: For errors.
         parts: The shards' tensors, usually memory maps of their files.
         dim: The dimension in which the parts are concatenated.
-        shape: Of the whole. A single part may be a view with more dimensions.
+        shape: Of the whole. A single part may be a 4-dimensional view of it (permuted rows).
         mapped: The parts are memory maps, whose pages can be dropped.
     """
 
@@ -189,7 +189,9 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
         if other is None:
             check_tensor(parts[0], f"{paths[0]}: {name:.60}")
         if other is None and name == "norm.weight":  # the same in all shards of one model
-            other = next((n for n, part in enumerate(parts) if is_different(part, parts[0])), None)
+            norms, tolerance = [part.float() for part in parts], 0.1 * parts[0].float().norm()
+            far = (n for n, norm in enumerate(norms) if (norm - norms[0]).norm() > tolerance)
+            other = next(far, None)
         if other is not None:
             raise UserError(
                 f"{paths[other]} and {paths[0]} are not shards of one model: {name:.60} differs"
@@ -203,13 +205,7 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
     return weights
 
 
-def is_different(x: Tensor, y: Tensor) -> bool:
-    return bool((x.float() - y.float()).norm() > 0.1 * y.float().norm())
-
-
 def quantization_of(weights: Mapping[str, Weight]) -> str | None:
     """The quantization scheme of a checkpoint's weights: int8, int4 or None."""
-    if any(name.endswith(".groups") for name in weights):
-        return "int4"
-    are_float = (w.dtype.is_floating_point for name, w in weights.items() if name != FORMAT)
-    return None if all(are_float) else "int8"
+    tensors = {name.rpartition(".")[2] for name in weights}
+    return "int4" if "groups" in tensors else "int8" if "scales" in tensors else None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TOKENIZER, relative_error
 from safetensors.torch import load_file, save_file
+from test_chat import TEMPLATES
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import llama
@@ -234,9 +235,14 @@ def test_a_context_longer_than_the_sliding_window_is_refused(tmp_path):
         llama.load(tmp_path / "out", max_seq_len=65)
 
 
-def test_the_prompt_format_is_kept(tmp_path):
+TULU = TEMPLATES["zephyr"].replace("eos_token", "'\n'", 1)  # like zephyr's, but for </s>
+
+
+@pytest.mark.parametrize(
+    ("template", "style"), [(t, s) for s, t in TEMPLATES.items()] + [(TULU, None)]
+)
+def test_the_prompt_format_is_kept(tmp_path, template, style):
     folder = write_folder(tmp_path / "in")
-    for template, style in (("<|im_start|>", "chatml"), ("<|user|>", "zephyr"), (1, None)):
-        edit_json(folder / "tokenizer_config.json", chat_template=template)
-        params = json.loads(open_source(folder, True).files["params.json"])
-        assert params.get("chat_style") == style
+    edit_json(folder / "tokenizer_config.json", chat_template=template)
+    params = json.loads(open_source(folder, True).files["params.json"])
+    assert params.get("chat_style") == style

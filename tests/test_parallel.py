@@ -178,6 +178,10 @@ def test_an_error_of_rank_0_alone_ends_all_and_is_filtered():
     assert "red" in line and "\x1b" not in line
 
 
+def test_a_wrong_flag_is_reported_once():
+    assert "argument --top_k: invalid int value" in error_of_ranks(2, "--top_k", "many")
+
+
 def rank_process(launcher: int, rank: int) -> psutil.Process:
     children = psutil.Process(launcher).children()
     return next(child for child in children if child.environ().get("RANK") == str(rank))

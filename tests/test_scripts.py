@@ -99,7 +99,7 @@ def test_flags_with_dashes_and_values_in_short_are_understood(run_script, flags,
 
 
 def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, checkpoint, flags):
-    prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "-- a well-known"]
+    prompts = ["123", "[1]", "None", '"quoted"', "-5", "1e3", "-- a well-known --max-len"]
     argv = [*prompts[:3], "--max_gen_len=2", *prompts[3:], *flags, "--", "--led-on", "-"]
     done = run_script("example-cpu.py", *argv, input=b"read\n")
     assert done.stdout.decode() == printed(checkpoint, [*prompts, "--led-on", "read"], 2)

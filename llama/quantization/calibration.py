@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..linear import fp32_blocks, linear_by_blocks
-from ..model import RMSNorm, Segment, Transformer
+from ..model import Segment, Transformer
 from ..tokenizer import Tokenizer
 from ..weights import Weight
 
@@ -79,7 +79,7 @@ def calibrate(
     for path, module in original.named_modules():
         if isinstance(module, nn.Linear):
             module.forward = functools.partial(forward, path)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, nn.RMSNorm):
             module.weight = nn.Parameter(weights[f"{path}.weight"].read(torch.float32), False)
     source = weights["tok_embeddings.weight"]
     embedding = source.read(source.dtype)

@@ -12,7 +12,6 @@ rows (llama/quantization/calibration.py): low-rank error reconstruction, as in L
 """
 
 import functools
-from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -34,9 +33,10 @@ from ..linear import (
     row_blocks,
     unpack_int4,
 )
+from ..model import Transformer
 from .rounding import int4_group_size, quantize_int4, row_scales
 
-ROUNDING = torch.tensor(128.5)  # zero point 128, and 0.5: conversion to uint8 truncates
+ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 because conversion to uint8 truncates
 INT8PACK_TOKENS = 32  # from here on converting int8 to fp32 is faster than the 8-bit operator
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
@@ -79,22 +79,13 @@ class QuantizedLinear(nn.Module):
     @torch.inference_mode()
     def prepare(self) -> None:
         """Bring the filled buffers into the form that this CPU multiplies fastest."""
-        self.directions = shared(self.directions.float())  # U x of one token: fp32 2 us, bf16 20
+        self.directions = self.directions.float()  # U x of one token: fp32 2 us, bf16 20
         self.corrections = self.corrections.float()
         self.prepare_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         projection, residual = project_out(x, self.directions)
         return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
-
-
-recent: deque[Tensor] = deque(maxlen=2)  # two: w2 comes between w1 and w3, which share
-
-
-def shared(directions: Tensor) -> Tensor:
-    """An earlier layer's equal tensor, if there is one, so that the cache of `project_out` hits."""
-    recent.append(next((d for d in recent if torch.equal(d, directions)), directions))
-    return recent[-1]
 
 
 # Cached by the identity of both: wq wk wv, and w1 w3, pass the same two tensors, which nothing may
@@ -112,9 +103,9 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """x (n, k) as scale * (q - 128): uint8 q; scales (n, 1), or a number for one row."""
     if len(x) == 1:  # fewer operators
         scale = max(x.abs().max().item(), 1e-12) / 127
-        return torch.add(ROUNDING, x, alpha=1 / scale).to(torch.uint8), scale
+        return torch.add(ZERO_POINT, x, alpha=1 / scale).to(torch.uint8), scale
     scale = row_scales(x)
-    return (x / scale).add_(ROUNDING).to(torch.uint8), scale
+    return (x / scale).add_(ZERO_POINT).to(torch.uint8), scale
 
 
 class Int8Linear(QuantizedLinear):
@@ -212,7 +203,7 @@ class Int4Linear(QuantizedLinear):
         y = x.new_empty(len(x), self.shape[0])
         for rows in row_blocks(*self.shape):
             int8_scale = self.int8_scales[rows]
-            # int16 fixed point, 8 fractional bits: overflow of the product cancels in the sum.
+            # int16 fixed point, 8 fractional bits. The product may wrap around, the sum is in range.
             fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)
@@ -261,3 +252,14 @@ def swap_modules(model: nn.Module, scheme: str) -> None:
             int4 = scheme == "int4" and path != "output" and int4_group_size(module.in_features)
             cls = Int4Linear if int4 else Int8Linear  # the output layer stays in int8
             model.set_submodule(path, cls(*module.weight.shape))
+
+
+def prepare(model: Transformer) -> None:
+    """Prepare the quantized layers of a model whose buffers are filled."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare()
+    for layer in model.layers:  # equal directions become one tensor: `project_out` computes once
+        attention, feed_forward = layer.attention, layer.feed_forward
+        attention.wk.directions = attention.wv.directions = attention.wq.directions
+        feed_forward.w3.directions = feed_forward.w1.directions

@@ -5,8 +5,6 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..linear import row_blocks
-
 GROUPS = (64, 32)  # inputs that share a scale and a zero: the first that divides in_features
 CLIPS = (1.0, 0.9)  # fractions of a group's range, tried for its low and its high end
 ROUNDING_SIZE = 2**17  # weights rounded at a time: some ten fp32 temporaries stay in the caches
@@ -34,12 +32,13 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """
     q = torch.empty(weight.shape, dtype=torch.uint8)
     groups = torch.empty(weight.shape[1] // group, len(weight), 2, dtype=torch.bfloat16)
-    for rows in row_blocks(*weight.shape, ROUNDING_SIZE, multiple=1):
-        w = weight[rows].float().unflatten(1, (-1, group))
+    n_rows = max(ROUNDING_SIZE // weight.shape[1], 1)
+    for rows, q_rows, pairs in zip(weight.split(n_rows), q.split(n_rows), groups.split(n_rows, 1)):
+        w = rows.float().unflatten(1, (-1, group))
         scale_and_zero = torch.cat(fit_groups(w), -1).bfloat16()
-        groups[:, rows] = scale_and_zero.transpose(0, 1)
+        pairs.copy_(scale_and_zero.transpose(0, 1))
         scale, zero = scale_and_zero.float().split(1, -1)
-        q[rows] = to_levels(w, scale, zero).flatten(1).to(torch.uint8)
+        q_rows.copy_(to_levels(w, scale, zero).flatten(1))
     return q, groups
 
 
