@@ -10,12 +10,11 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KEY_BLOCK = 64  # positions in a block of keys
 FEW_TOKENS = 16  # up to here sums of rows are faster than matrix products
-QUERY_CHUNK = 64  # tokens whose scores are computed at once
-CONVERTED = 2**19  # elements of keys that are converted to fp32 at once: they stay in the L2 cache
 
 
 class KVCache:
@@ -71,26 +70,20 @@ class KVCache:
         by_block = queries.to(self.keys.dtype)[:, None].expand(-1, n_blocks, -1, -1)
         scores = weighted_sums(self.keys[layer_id], key_rows, by_block)
         scores = scores.view(n_heads, n_blocks, n_tokens, KEY_BLOCK).transpose(1, 2).flatten(2)
-        weights = causal_softmax(scores[..., :end]).to(self.values.dtype)
+        scores = scores[..., :end]
+        if n_tokens > 1:
+            scores[..., end - n_tokens :] += torch.full((n_tokens, n_tokens), -math.inf).triu_(1)
+        weights = scores.softmax(-1, torch.float32).to(self.values.dtype)
         return weighted_sums(self.values[layer_id], value_rows, weights).view(queries.shape)
 
     def attend_many(self, layer_id: int, queries: Tensor, end: int) -> Tensor:
-        """The same by matrix products in fp32, which every CPU has; some heads at a time."""
-        _, n_kv_heads, _, head_dim = self.values.shape
-        queries = queries.float().unflatten(0, (n_kv_heads, -1))  # (n_kv_heads, -1, n_tokens, ...)
-        output, n_blocks = torch.empty_like(queries), math.ceil(end / KEY_BLOCK)
-        step = max(CONVERTED // (head_dim * end), 1)
-        for heads in (slice(n, n + step) for n in range(0, n_kv_heads, step)):
-            keys = self.keys[layer_id, :n_blocks, heads].permute(1, 2, 0, 3).float().flatten(2)
-            values = self.values[layer_id, heads, :end].float()
-            pos = end - queries.shape[2]
-            chunks = zip(queries[heads].split(QUERY_CHUNK, 2), output[heads].split(QUERY_CHUNK, 2))
-            for q, out in chunks:
-                pos += q.shape[2]
-                scores = (q.flatten(1, 2) @ keys[..., :pos]).view(*q.shape[:3], pos)
-                weights = causal_softmax(scores).flatten(1, 2)
-                out.copy_((weights @ values[:, :pos]).view(q.shape))
-        return output.flatten(0, 1)
+        """The same by scaled_dot_product_attention, in fp32: fp16 and bf16 are slow on many CPUs."""
+        n_tokens, n_blocks = queries.shape[1], math.ceil(end / KEY_BLOCK)
+        keys = self.keys[layer_id, :n_blocks].permute(1, 0, 3, 2).float().flatten(1, 2)[:, :end]
+        values = self.values[layer_id, :, :end].float()
+        mask = torch.ones(n_tokens, end, dtype=torch.bool).tril(end - n_tokens)
+        q, k, v = (x[None] for x in (queries.float(), keys, values))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, enable_gqa=True)[0]
 
     def row_indices(self, n_heads: int, n_tokens: int, end: int) -> list[Tensor]:
         """Indices into a layer's keys and values, for `weighted_sums`. All layers share them.
@@ -108,17 +101,6 @@ class KVCache:
             self.indices = [rows.repeat_interleave(n_tokens, 0) for rows in (key_rows, value_rows)]
             self.indices_for = n_tokens, end
         return self.indices
-
-
-def causal_softmax(scores: Tensor) -> Tensor:
-    """fp32 softmax of the scores (..., n_tokens, end) of the last n_tokens before position `end`.
-
-    Sets the scores of later positions to -inf.
-    """
-    n_tokens, end = scores.shape[-2:]
-    if n_tokens > 1:
-        scores[..., end - n_tokens :] += torch.full((n_tokens, n_tokens), -math.inf).triu_(1)
-    return scores.softmax(-1, torch.float32)
 
 
 def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
