@@ -412,7 +412,8 @@ def plot() -> None:
         for n, (label, values) in enumerate(bars.items()):
             places = [g + (n - (len(bars) - 1) / 2) * width for g in range(len(groups))]
             drawn = axes.bar(places, [v or 0 for v in values], width * 0.92, label=label)
-            axes.bar_label(drawn, [f"{v:.3g}" if v else "" for v in values], color=grey, size=8)
+            texts = ["" if v is None else f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in values]
+            axes.bar_label(drawn, texts, color=grey, size=8)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=8)
