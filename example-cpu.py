@@ -18,7 +18,7 @@ import torch  # isort: skip  (after llama, which sets what torch reads when it i
 
 PROMPT = "I believe the meaning of life is"
 DEMO_PROMPT = "Once upon a time"  # the demo model knows stories and nothing else
-PROMPTS = "a text to continue; several run as one batch; - reads stdin"
+PROMPTS = "a text to continue (default: a sample); several run as one batch; - reads stdin"
 FLAGS = {
     "prompt_file": (str, None, "one more prompt: the text of this file"),
     "max_gen_len": (int, 256, "longest continuation, in tokens"),

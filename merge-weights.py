@@ -4,7 +4,7 @@ A Hugging Face folder (config.json, tokenizer.model and weights) is converted to
 
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
-  python merge-weights.py --input_dir TinyLlama-1.1B-Chat-v1.0 --output_dir model
+  python merge-weights.py --input_dir TinyLlama --output_dir model/TinyLlama
   python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
 """
 
@@ -36,6 +36,8 @@ def main(args: Namespace) -> None:
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)
     if (target / "params.json").exists():
         terminal.notice(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}")
+    elif (folder / "params.json").exists():
+        terminal.notice(f"wrote {merged}. To run it, move it to {folder}, where params.json is")
     else:
         terminal.notice(f"wrote {merged}. To run it, put its params.json beside it")
 

@@ -53,22 +53,29 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a directory: {remedy}")
     if not folder.exists():
-        siblings = folder.parent.iterdir() if os.access(folder.parent, os.R_OK | os.X_OK) else ()
-        names = (path.name for path in siblings if os.access(path, os.X_OK) and find_files(path))
-        found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
-        found = f" (found: {', '.join(found)})" if found else ""
-        raise UserError(f"there is no directory {folder}{found}: {remedy}")
+        raise UserError(f"there is no directory {folder}{found_in(folder.parent)}: {remedy}")
     if not paths:
         if (folder / "config.json").exists():
-            command = f"python merge-weights.py --input_dir {folder} --output_dir model"
+            command = (
+                f"python merge-weights.py --input_dir {folder} --output_dir model/{folder.name}"
+            )
             remedy = f"convert it first: {command}"
         elif [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
             remedy = "to convert its weights, download config.json and tokenizer.model too"
-        raise UserError(f"{folder} has no consolidated.*.pth and no merged.pth: {remedy}")
+        missing = f"consolidated.*.pth and no merged.pth{found_in(folder)}"
+        raise UserError(f"{folder} has no {missing}: {remedy}")
     for number, path in enumerate(paths):
         if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
             raise UserError(f"{path} exists, but consolidated.{number:02}.pth is missing")
     return paths
+
+
+def found_in(folder: Path) -> str:
+    """The folders with weights in a folder, for errors."""
+    paths = folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ()
+    names = (path.name for path in paths if os.access(path, os.X_OK) and find_files(path))
+    found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
+    return f" (found: {', '.join(found)})" if found else ""
 
 
 def model_args(

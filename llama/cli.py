@@ -45,7 +45,7 @@ MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "seed": (int, None, "the same seed gives the same text on the same machine"),
     "prompt_lookup": (int, 16, "most tokens to draft from the context for each pass; 0: none"),
     "max_seq_len": (int, 512, "context: tokens of prompt and reply together"),
-    "threads": (int, None, "default: one for each core, or one for models below 16 MB"),
+    "threads": (int, None, "threads (default: one for each core, or one for models below 16 MB)"),
     "verbose": (bool, False, "report the model's size and the number of threads"),
 }
 
@@ -229,7 +229,7 @@ def find_tokenizer(folder: Path) -> Path:
     """The weights' own tokenizer, or else that in ./tokenizer, here or beside the scripts."""
     here = Path("tokenizer", "tokenizer.model")
     places = (nearest_tokenizer(folder), here, ROOT / here)
-    return next((path for path in places if path.exists()), here)
+    return next((path for path in places if path.exists()), places[0])
 
 
 def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
@@ -268,7 +268,7 @@ def report_timings(llama: LLaMA, load_seconds: float) -> None:
     """Print a line about speed and memory to stderr."""
     peak = peak_memory() / 1e9
     text = f"loaded in {load_seconds:.1f} s, {llama.timings}, peak memory {peak:.2f} GB"
-    notice(text + contention())
+    notice(params_to_flags(text) + contention())
 
 
 def contention() -> str:

@@ -30,6 +30,7 @@ class Context:
         uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. A token
             always gets the same one, so batching and prompt lookup change the text only where they
             change the rounding of a probability: not in fp32, often in int8 and int4.
+        is_cut: max_gen_len ended the sequence.
     """
 
     tokens: list[int]
@@ -37,6 +38,7 @@ class Context:
     lookup: PromptLookup
     uniforms: Tensor
     n_cached: int = 0
+    is_cut: bool = False
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Timings:
     new_tokens: int = 0
     new_passes: int = 0
     new_seconds: float = 0.0
+    stopped_at: str = ""  # the limit that ended a sequence, if one did
 
     @property
     def new_rate(self) -> float:
@@ -62,7 +65,8 @@ class Timings:
         per_pass = self.new_tokens / max(self.new_passes, 1)
         text = f"prompt {prompt_rate:.1f} tokens/s"
         text += f", generated {self.new_rate:.1f} tokens/s" if self.new_tokens else ""
-        return text + (f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else "")
+        text += f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else ""
+        return text + (f", stopped at {self.stopped_at}" if self.stopped_at else "")
 
 
 class LLaMA:
@@ -206,6 +210,11 @@ class LLaMA:
                 timings.new_tokens += len(new)
                 timings.new_passes += len(active)
                 timings.new_seconds += seconds
+            for context in active:
+                if len(context.tokens) >= limit:
+                    timings.stopped_at = f"`max_seq_len={limit}`"
+                elif context.is_cut:
+                    timings.stopped_at = f"`max_gen_len={sampling.max_gen_len}`"
             yield new
             begin = time.perf_counter()
 
@@ -265,6 +274,7 @@ class LLaMA:
         is_end = len(new) <= n_accepted
         context.n_cached = len(context.tokens) + min(n_accepted, len(new))
         context.tokens += new
+        context.is_cut = not is_end and len(new) == len(context.uniforms)
         context.uniforms = context.uniforms[:0] if is_end else context.uniforms[len(new) :]
         context.lookup.adapt(len(draft), n_accepted)
         return new

@@ -90,7 +90,7 @@ def write_merged(
         raise UserError("`dtype` has no effect with `quantize`: leave it out")
     if quantize and not source.args:
         raise UserError("quantizing needs the params.json that belongs to the weights")
-    if output_dir.exists() and not output_dir.is_dir():
+    if output_dir.suffix == ".pth" or output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
     state, produce = quantized(source, quantize) if quantize else converted(source, dtype)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,9 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
     n_units = {"heads": args.n_kv_heads, "hidden": hidden, "vocab": args.vocab_size}[spec.unit]
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     starts = [offset(n_units, n) * shape[dim] for n in range(n_ranks + 1)]
-    if n_units < n_ranks or any(start % n_units for start in starts):
+    if n_units < n_ranks:
+        raise UserError(f"the model has {n_units} key-value heads for {n_ranks} ranks: start fewer")
+    if any(start % n_units for start in starts):
         raise UserError(
             f"{n_ranks} ranks cannot divide {name} {tuple(shape)}, which consists of {n_units} "
             f"{spec.unit}: start fewer"

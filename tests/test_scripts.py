@@ -53,6 +53,14 @@ def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
     assert errors.count("512 tokens") == 1
 
 
+@pytest.mark.parametrize("limit", ["--max_gen_len 8", "--max_seq_len 12"])
+def test_the_last_line_says_which_limit_ended_a_text(run_script, limit):
+    done = run_script(
+        "example-cpu.py", "Once upon", "a time", *limit.split(), "--seed", 1, text=True
+    )
+    assert f"stopped at {limit}," in done.stderr
+
+
 @pytest.mark.parametrize("mark", [b"", BOM])
 def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_path, mark):
     """Without a byte order mark and the last newline, and with Windows' line ends as newlines."""
