@@ -1,9 +1,10 @@
 """The key-value cache of one sequence, and attention to it.
 
-With p = softmax(q K^T / sqrt(head_dim)), attention is p V. For few tokens, q K^T and p V are weighted
-sums of rows: of K^T by q, and of V by p. `torch.embedding_bag` computes them at memory bandwidth.
-matmul and scaled_dot_product_attention take, for one token, 2 to 10 times as long on AMD Zen 5 and
-1.4 times on an Intel Xeon; for 8 tokens in bf16 or fp16, 25 times on a CPU that has only AVX2.
+With p = softmax(q K^T / sqrt(head_dim)), attention is p V. For few tokens, q K^T and p V are
+weighted sums of rows: of K^T by q, and of V by p. `torch.embedding_bag` computes them at memory
+bandwidth. For one token, matmul and scaled_dot_product_attention take 2 to 10 times as long on AMD
+Zen 5 and 1.4 times on an Intel Xeon; for 8 tokens in bf16 or fp16, matmul takes 25 times as long on
+a CPU that has only AVX2.
 """
 
 import functools
@@ -77,7 +78,7 @@ class KVCache:
         return weighted_sums(self.values[layer_id], value_rows, weights).view(queries.shape)
 
     def attend_many(self, layer_id: int, queries: Tensor, end: int) -> Tensor:
-        """The same by scaled_dot_product_attention, in fp32: fp16 and bf16 are slow on many CPUs."""
+        """The same by scaled_dot_product_attention, in fp32: on many CPUs 16 bits are slow."""
         n_tokens, n_blocks = queries.shape[1], math.ceil(end / KEY_BLOCK)
         keys = self.keys[layer_id, :n_blocks].permute(1, 0, 3, 2).float().flatten(1, 2)[:, :end]
         values = self.values[layer_id, :, :end].float()

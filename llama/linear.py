@@ -15,8 +15,8 @@ PyTorch or a CPU without it.
 | int4    | VNNI      | _weight_int4pack_mm (63)     | blocks unpacked to int8         |
 | int4    | others    | _weight_int4pack_mm (63)     | blocks unpacked to fp32         |
 
-In parentheses: up to how many tokens. The 8-bit operator needs in_features that are a multiple of 16,
-the 4-bit operator out_features that are a multiple of 64.
+In parentheses: up to how many tokens. The 8-bit operator needs in_features that are a multiple of
+16, the 4-bit operator out_features that are a multiple of 64.
 
 `python tests/benchmark.py kernels` measures all of them on the CPU at hand.
 """

@@ -203,7 +203,7 @@ class Int4Linear(QuantizedLinear):
         y = x.new_empty(len(x), self.shape[0])
         for rows in row_blocks(*self.shape):
             int8_scale = self.int8_scales[rows]
-            # int16 fixed point, 8 fractional bits. The product may wrap around, the sum is in range.
+            # int16 fixed point, 8 fractional bits. The product may wrap around; the sum fits.
             fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)
