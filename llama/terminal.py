@@ -36,7 +36,9 @@ def read_messages() -> Iterator[str]:
             if not interactive:
                 raise
             print()
-            notice("Ctrl-D or /exit leaves")
+            readline = sys.modules.get("readline")  # not on Windows
+            if not text and not (readline and readline.get_line_buffer()):
+                notice("Ctrl-D or /exit leaves")
             text = ""
             continue
         except EOFError:

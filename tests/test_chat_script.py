@@ -82,6 +82,7 @@ def test_ctrl_c_clears_a_line_and_says_on_an_empty_one_how_to_leave(echo):
     echo.expect("not this")
     echo.sendintr()
     echo.expect(PROMPT)
+    assert "/exit" not in echo.before
     echo.sendline("but that")
     echo.expect(LINE + "but that")
     echo.expect(PROMPT)
