@@ -270,8 +270,7 @@ def build(
             if isinstance(module, nn.Linear):
                 weight = read(f"{path}.weight", module.weight.dtype)
                 model.set_submodule(path, fast_linear(weight))
-        missing = {name: t.dtype for name, t in model.state_dict().items() if t.is_meta}
-        state = {name: read(name, dtype) for name, dtype in missing.items()}
+        state = {n: read(n, t.dtype) for n, t in model.state_dict().items() if t.is_meta}
         model.load_state_dict(state, strict=False, assign=True)
     if torch.distributed.is_initialized():
         from .parallel import parallelize, split_corrections

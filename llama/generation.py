@@ -30,7 +30,6 @@ class Context:
         uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. A token
             always gets the same one, so batching and prompt lookup change the text only where they
             change the rounding of a probability: not in fp32, often in int8 and int4.
-        is_cut: max_gen_len ended the sequence.
     """
 
     tokens: list[int]
@@ -38,7 +37,6 @@ class Context:
     lookup: PromptLookup
     uniforms: Tensor
     n_cached: int = 0
-    is_cut: bool = False
 
 
 @dataclass
@@ -166,7 +164,7 @@ class LLaMA:
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         else:
             try:
-                tokens = [operator.index(token) for token in prompt if type(prompt) is not bytes]
+                tokens = [operator.index(t) for t in ([] if isinstance(prompt, bytes) else prompt)]
             except TypeError:
                 tokens = []
             good = len(tokens) > 0 and 0 <= min(tokens) and max(tokens) < n_words
@@ -195,6 +193,7 @@ class LLaMA:
         timings, limit = self.timings, self.model.args.max_seq_len
         begin = time.perf_counter()
         contexts = [context for context in contexts if len(context.uniforms)]
+        ends = [len(context.tokens) + len(context.uniforms) for context in contexts]
         for context in contexts:
             context.n_cached = min(context.n_cached, len(context.tokens) - 1)
         n_prompt = sum(len(context.tokens) - context.n_cached for context in contexts)
@@ -210,13 +209,13 @@ class LLaMA:
                 timings.new_tokens += len(new)
                 timings.new_passes += len(active)
                 timings.new_seconds += seconds
-            for context in active:
-                if len(context.tokens) >= limit:
-                    timings.stopped_at = f"`max_seq_len={limit}`"
-                elif context.is_cut:
-                    timings.stopped_at = f"`max_gen_len={sampling.max_gen_len}`"
             yield new
             begin = time.perf_counter()
+        for context, end in zip(contexts, ends):
+            if len(context.tokens) >= limit:
+                timings.stopped_at = f"`max_seq_len={limit}`"
+            elif len(context.tokens) == end:
+                timings.stopped_at = f"`max_gen_len={sampling.max_gen_len}`"
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Context]) -> None:
@@ -274,7 +273,6 @@ class LLaMA:
         is_end = len(new) <= n_accepted
         context.n_cached = len(context.tokens) + min(n_accepted, len(new))
         context.tokens += new
-        context.is_cut = not is_end and len(new) == len(context.uniforms)
         context.uniforms = context.uniforms[:0] if is_end else context.uniforms[len(new) :]
         context.lookup.adapt(len(draft), n_accepted)
         return new

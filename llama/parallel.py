@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .linear import linear_by_blocks
 from .model import ModelArgs, Transformer
-from .weights import WEIGHTS, Weight, as_bytes, split_dim
+from .weights import HEADS, HIDDEN, OUTPUTS, WEIGHTS, Weight, as_bytes, split_dim
 
 SMALL = 2**17  # bytes that are exchanged at once: no more than a socket's buffer holds
 TIMEOUT = timedelta(days=1)  # of a rank that waits, in a chat for the user's next line
@@ -117,11 +117,11 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
         return None
     # Ranks get whole heads, whole outputs, and multiples of 64 hidden features (int4's groups).
     hidden = args.hidden_dim // math.gcd(args.hidden_dim, 64)
-    n_units = {"heads": args.n_kv_heads, "hidden": hidden, "vocab": args.vocab_size}[spec.unit]
+    n_units = {HEADS: args.n_kv_heads, HIDDEN: hidden, OUTPUTS: args.vocab_size}[spec.unit]
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     starts = [offset(n_units, n) * shape[dim] for n in range(n_ranks + 1)]
     if n_units < n_ranks:
-        raise UserError(f"the model has {n_units} key-value heads for {n_ranks} ranks: start fewer")
+        raise UserError(f"the model has {n_units} {spec.unit} for {n_ranks} ranks: start fewer")
     if any(start % n_units for start in starts):
         raise UserError(
             f"{n_ranks} ranks cannot divide {name} {tuple(shape)}, which consists of {n_units} "
@@ -212,7 +212,7 @@ def exchange(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """x of every rank, at most SMALL bytes, by the sockets.
 
     gloo receives on a thread of its own, which waits for a core if all cores compute. So the 33
-    exchanges of a token took 49 ms with gloo's isend and irecv, and take 4 (two ranks on Intel).
+    exchanges of a token took 49 ms with gloo's isend and irecv, and take 4 to 16 (two ranks, Intel).
     """
     rank = dist.get_rank()
     tensors = [x if r == rank else x.new_empty(len(x), size) for r, size in enumerate(sizes)]

@@ -32,16 +32,17 @@ class WeightSpec(NamedTuple):
     unit: str | None  # ranks get whole ones of these. None: every rank has the whole weight
 
 
+HEADS, HIDDEN, OUTPUTS = "key-value heads", "blocks of hidden features", "outputs"
 WEIGHTS = {  # norms are not here: they are whole in every shard
     "tok_embeddings": WeightSpec(1, None),
-    "wq": WeightSpec(0, "heads"),
-    "wk": WeightSpec(0, "heads"),
-    "wv": WeightSpec(0, "heads"),
-    "wo": WeightSpec(1, "heads"),
-    "w1": WeightSpec(0, "hidden"),
-    "w2": WeightSpec(1, "hidden"),
-    "w3": WeightSpec(0, "hidden"),
-    "output": WeightSpec(0, "vocab"),
+    "wq": WeightSpec(0, HEADS),
+    "wk": WeightSpec(0, HEADS),
+    "wv": WeightSpec(0, HEADS),
+    "wo": WeightSpec(1, HEADS),
+    "w1": WeightSpec(0, HIDDEN),
+    "w2": WeightSpec(1, HIDDEN),
+    "w3": WeightSpec(0, HIDDEN),
+    "output": WeightSpec(0, OUTPUTS),
 }
 # For each tensor of a module: which of its dimensions are (out_features, in_features).
 DIMS = {
@@ -189,9 +190,7 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
         if other is None:
             check_tensor(parts[0], f"{paths[0]}: {name:.60}")
         if other is None and name == "norm.weight":  # the same in all shards of one model
-            norms, tolerance = [part.float() for part in parts], 0.1 * parts[0].float().norm()
-            far = (n for n, norm in enumerate(norms) if (norm - norms[0]).norm() > tolerance)
-            other = next(far, None)
+            other = next((n for n, part in enumerate(parts) if is_different(part, parts[0])), None)
         if other is not None:
             raise UserError(
                 f"{paths[other]} and {paths[0]} are not shards of one model: {name:.60} differs"
@@ -203,6 +202,10 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
         label = f"{paths[0].parent}: {name}"
         weights[name] = Weight(label, parts, dim, torch.Size(shape), all(maps))
     return weights
+
+
+def is_different(x: Tensor, y: Tensor) -> bool:
+    return bool((x.float() - y.float()).norm() > 0.1 * y.float().norm())
 
 
 def quantization_of(weights: Mapping[str, Weight]) -> str | None:

@@ -239,7 +239,7 @@ TULU = TEMPLATES["zephyr"].replace("eos_token", "'\n'", 1)  # like zephyr's, but
 
 
 @pytest.mark.parametrize(
-    ("template", "style"), [(t, s) for s, t in TEMPLATES.items()] + [(TULU, None)]
+    ("template", "style"), [(t, s) for s, t in TEMPLATES.items()] + [(TULU, None), (1, None)]
 )
 def test_the_prompt_format_is_kept(tmp_path, template, style):
     folder = write_folder(tmp_path / "in")

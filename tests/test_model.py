@@ -100,7 +100,7 @@ def test_every_position_agrees_with_the_naive_model(model, naive):
     assert relative_error(logits_of(model, LONG, 0, None), naive) < 1e-4
 
 
-@pytest.mark.parametrize("n_new", [1, 2, 16, 17, 65])
+@pytest.mark.parametrize("n_new", [1, 2, 8, 16, 17, 64, 65])
 @pytest.mark.parametrize("start", [1, 60, 100])
 def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, start, n_new):
     cache = model.new_cache(200)

@@ -114,7 +114,9 @@ def test_logits_are_as_near_to_those_of_fp32_as_one_process_has_them(ranks, alon
         if case not in SMALL_GROUPS:
             exact = alone["demo" if "demo" in case[0] else "1 shards", "float32", None]["logits"]
             error = relative_error(found["logits"], exact)
-            assert error < 1.5 * relative_error(alone[case]["logits"], exact) + 1e-5, case
+            # In bf16 each rank rounds its partial sums.
+            factor = 1.5 if case[1] == "bfloat16" else 1.15
+            assert error < factor * relative_error(alone[case]["logits"], exact) + 1e-5, case
 
 
 def test_every_rank_holds_its_part(ranks, alone):

@@ -7,7 +7,8 @@ import pytest
 from conftest import DEMO, TOKENIZER, error_line, printed, write_shards
 
 MODEL_FLAGS = (
-    "ckpt_dir tokenizer_path temperature top_p max_seq_len max_gen_len dtype quantize seed"
+    "ckpt_dir tokenizer_path temperature top_p top_k repetition_penalty prompt_lookup max_seq_len "
+    "max_gen_len dtype quantize seed"
 )
 FLAGS = {
     "example-cpu.py": f"{MODEL_FLAGS} max_batch_size prompt_file threads verbose",
