@@ -159,10 +159,12 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=f"Examples:{examples}",
             allow_abbrev=False,
+            add_help=False,  # with -h it would take -hello for -h ello
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.usage = f"python {self.prog} [--FLAG VALUE ...]"
         versions = f"llama-cpu {__version__}, torch {torch.__version__}"
+        self.add_argument("--help", action="help", help="show this page (also -h)")
         self.add_argument("--version", action="version", version=versions)
         if prompts:
             self.usage += " [PROMPT ...]"
@@ -183,14 +185,17 @@ class Parser(argparse.ArgumentParser):
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
         name = re.compile(r"\A--[\w-]+(?==|\Z)")
-        flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv[:end]]
+        own = ["--help" if arg == "-h" else arg for arg in argv[:end]]
+        flags = [name.sub(lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in own]
         args, other = self.parse_known_intermixed_args(flags)
         if unknown := [arg for arg in other if arg.startswith("-")]:
             flag, known = unknown[0].partition("=")[0], self._option_string_actions
             close = [name for name in known if name.startswith(flag)]
             close = close or difflib.get_close_matches(flag, known, 1, 0.7)
             hint = f": did you mean {close[0]}?" if close else ""
-            print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
+            hint += " (--help lists all)"
+            hint += "; prompts that begin with - go after --" if "prompts" in args else ""
+            print(f"error: there is no flag {flag}{hint}", file=sys.stderr)
             sys.exit(2)
         rest = [*other, *argv[end + 1 :]]
         if "prompts" in args:

@@ -65,7 +65,10 @@ def open_folder(folder: Path) -> Source:
     path, tokenizer_path = folder / "config.json", folder / "tokenizer.model"
     config = read_json(path)
     if not tokenizer_path.exists():
-        raise UserError(f"{folder} has no tokenizer.model: download that file too")
+        raise UserError(
+            f"{folder} has no tokenizer.model: download that file too (models that come with "
+            "tokenizer.json alone are not supported)"
+        )
     params = to_params(config, path) | read_tokens(folder, config)
     files = {
         "params.json": json.dumps(params, indent=2).encode(),

@@ -164,10 +164,7 @@ torch.set_default_dtype(getattr(torch, dtype))
 model = llama.load(folder, tokenizer, quantize=quantize or None)
 model.generate("Hello", 2)
 """
-PEAK = """
-print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
-print(model.weight_bytes)
-"""
+PEAK = 'print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)'
 TYPES = [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int4")]
 
 
@@ -180,10 +177,11 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("dtype", "quantize"), TYPES)
 def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantize):
-    printed = run_code(LOAD + PEAK, large, TOKENIZER, dtype, quantize or "")
-    peak, weight_bytes = map(int, printed.split())
+    code = f"import torch, llama\n{PEAK}\n{LOAD}\n{PEAK}\nprint(model.weight_bytes)"
+    printed = run_code(code, large, TOKENIZER, dtype, quantize or "")
+    imported, peak, weight_bytes = map(int, printed.split())  # importing takes 0.23 GB or more
     cache = 2 * 4 * 512 * 2048 * 4
-    assert peak < 1.05 * weight_bytes + cache + 500e6
+    assert peak - imported < 1.05 * weight_bytes + cache + 270e6
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), TYPES)

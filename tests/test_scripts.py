@@ -79,7 +79,7 @@ def test_a_prompt_is_utf_8_in_any_locale_and_what_is_not_is_replaced(run_script,
     assert done.stdout.decode() == printed(checkpoint, ["déjà vu", "a\ufffdb"], 8)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--", "--help"]])
 @pytest.mark.parametrize("script", FLAGS)
 def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     done = run_script(script, *argv, text=True)
@@ -90,12 +90,13 @@ def test_help_is_a_manual_page_on_stdout(run_script, script, argv):
     assert "None" not in done.stdout and "Optional" not in done.stdout
 
 
-@pytest.mark.parametrize("flag", ["--quantise", "--Quantize=int8", "-x"])
+@pytest.mark.parametrize("flag", ["--quantise", "--Quantize=int8", "-x", "-hello"])
 def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, flag):
     done = run_script("example-cpu.py", flag, "int8", text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"there is no flag {flag.partition('=')[0]}" in done.stderr
     assert ("did you mean --quantize?" in done.stderr) == ("uanti" in flag)
+    assert "prompts that begin with - go after --" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
