@@ -20,7 +20,7 @@ PROMPT = "I believe the meaning of life is"
 DEMO_PROMPT = "Once upon a time"  # the demo model knows stories and nothing else
 PROMPTS = "a text to continue (default: a sample); several run as one batch; - reads stdin"
 FLAGS = {
-    "prompt_file": (str, None, "one more prompt: the text of this file"),
+    "prompt_file": (list, None, "one more prompt: the text of this file; may be repeated"),
     "max_gen_len": (int, 256, "longest continuation, in tokens"),
     "max_batch_size": (int, 32, "most prompts in a batch"),
     **cli.MODEL_FLAGS,

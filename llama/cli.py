@@ -28,7 +28,8 @@ DEMO = ROOT / "model" / "demo"
 ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
 DTYPES = ("float32", "bfloat16")
-Flags = dict[str, tuple[type | tuple[str, ...], object, str]]  # type or choices, default, text
+# Type (list: a text, repeatable) or choices, default, text.
+Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "ckpt_dir": (str, None, "directory of the weights (default: ./model, or else the demo model)"),
     "tokenizer_path": (str, None, "tokenizer.model (default: in ckpt_dir, or else in ./tokenizer)"),
@@ -174,6 +175,8 @@ class Parser(argparse.ArgumentParser):
                 options = {"action": "store_true"}
             elif isinstance(kind, tuple):
                 options = {"type": as_choice, "choices": kind}
+            elif kind is list:
+                options = {"action": "append", "metavar": "FILE"}
             else:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
             text += f" (default: {default})" if default else ""
@@ -249,21 +252,21 @@ def find_tokenizer(folder: Path) -> Path:
     return next((path for path in places if path.exists()), places[0])
 
 
-def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
-    """The texts to continue: arguments, stdin for -, and a file."""
+def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:
+    """The texts to continue: arguments, stdin for -, and files."""
     # Bytes of the command line that are not UTF-8 become U+FFFD.
     texts = [
         read_stdin() if p == "-" else os.fsencode(p).decode("utf-8", "replace") for p in prompts
     ]
-    if prompt_file is not None:
+    for path in prompt_files or ():
         try:
-            texts.append(Path(prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n"))
+            texts.append(Path(path).read_text(encoding="utf-8-sig").removesuffix("\n"))
         except OSError as error:
-            raise UserError(f"`prompt_file` {prompt_file}: {error.strerror}") from None
+            raise UserError(f"`prompt_file` {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"`prompt_file` {prompt_file} is not UTF-8 text: {error}") from None
+            raise UserError(f"`prompt_file` {path} is not UTF-8 text: {error}") from None
         if not texts[-1]:
-            raise UserError(f"`prompt_file` {prompt_file} is empty")
+            raise UserError(f"`prompt_file` {path} is empty")
     return texts
 
 

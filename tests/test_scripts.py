@@ -63,12 +63,14 @@ def test_the_last_line_says_which_limit_ended_a_text(run_script, limit):
 
 
 @pytest.mark.parametrize("mark", [b"", BOM])
-def test_prompts_from_stdin_and_from_a_file(run_script, checkpoint, flags, tmp_path, mark):
+def test_prompts_from_stdin_and_from_files(run_script, checkpoint, flags, tmp_path, mark):
     """Without a byte order mark and the last newline, and with Windows' line ends as newlines."""
     (tmp_path / "prompt.txt").write_bytes(mark + "Zwölf\r\nlines\r\n".encode())
-    args = ["-", "--prompt_file", "prompt.txt", *flags, "--max_gen_len", 8]
+    (tmp_path / "other.txt").write_text("other")
+    files = ["--prompt_file", "prompt.txt", "--prompt_file", "other.txt"]
+    args = ["-", *files, *flags, "--max_gen_len", 8]
     result = run_script("example-cpu.py", *args, input=mark + "einß\r\ntwo".encode())
-    assert result.stdout.decode() == printed(checkpoint, ["einß\ntwo", "Zwölf\nlines"], 8)
+    assert result.stdout.decode() == printed(checkpoint, ["einß\ntwo", "Zwölf\nlines", "other"], 8)
 
 
 def test_a_prompt_is_utf_8_in_any_locale_and_what_is_not_is_replaced(run_script, checkpoint, flags):
