@@ -200,12 +200,14 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
     bf16, int8, int4 = weight.bfloat16(), quantized(Int8Linear), quantized(Int4Linear)
     raw, scales = int8.weight, int8.scales.bfloat16()
+    transposed = linear.TransposedLinear(bf16)
     kernels = {
         "fp32 F.linear": lambda x: torch.nn.functional.linear(x, weight),
         "fp32 oneDNN": lambda x: linear.onednn_linear(x, weight),
         "fp32 transposed": linear.TransposedLinear(weight),
         "bf16 F.linear": lambda x: torch.nn.functional.linear(x.bfloat16(), bf16),
         "bf16 blocks to fp32": lambda x: linear.linear_by_blocks(x, linear.fp32_blocks(bf16)),
+        "bf16 transposed": lambda x: transposed(x.bfloat16()),
         "int8 _weight_int8pack_mm": lambda x: linear.int8pack_linear(x.bfloat16(), raw, scales),
         "int8 blocks to fp32": lambda x: linear.linear_by_blocks(x, linear.fp32_blocks(raw)),
     }

@@ -80,9 +80,8 @@ def measure() -> Iterator[tuple[str, str, float]]:
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         kind, weight = str(dtype).removeprefix("torch."), normal(*shape)
         w = weight.to(dtype)
-        plain = [PlainLinear(w), fast_linear(w.clone())]
+        plain = [PlainLinear(w), TransposedLinear(w), fast_linear(w.clone())]
         plain += [OneDNNLinear(w.clone())] if has_onednn(dtype) else []
-        plain += [TransposedLinear(w)] if dtype == torch.float32 else []
         layers = [(layer, kind, lambda x, w=w: x.double() @ w.double().t()) for layer in plain]
         for cls in [Int8Linear] if shape == ODD_INPUTS else [Int8Linear, Int4Linear]:
             stored = quantized(cls, weight)
