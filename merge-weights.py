@@ -11,7 +11,7 @@ Examples:
 from argparse import Namespace
 from pathlib import Path
 
-from llama import cli, terminal
+from llama import UserError, cli, terminal
 from llama.merge import open_source, write_merged
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
@@ -28,6 +28,8 @@ FLAGS = {
 
 
 def main(args: Namespace) -> None:
+    if torch.distributed.is_initialized():
+        raise UserError("run merge-weights.py without torchrun: it is one process")
     folder, target = Path(args.input_dir, args.model_size or ""), Path(args.output_dir)
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
     # Meta's params.json goes along, but not into the repository, the default of output_dir.

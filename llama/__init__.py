@@ -38,7 +38,7 @@ except KeyboardInterrupt:  # Ctrl-C while PyTorch is being imported
 except ModuleNotFoundError as missing:
     if missing.name.startswith(__name__):
         raise  # a bug
-    sys.exit(f"error: {missing.name} is not installed: pip install -r requirements.txt")
+    sys.exit(f"error: {missing.name} is not installed: see Setup in README.md")
 
 __version__ = "1.1.0"
 __all__ = [

@@ -7,7 +7,7 @@ from os.path import commonprefix  # works for any sequences
 import torch
 
 from .errors import UserError
-from .generation import Context, LLaMA, Timings
+from .generation import LLaMA, SequenceState, Timings
 from .lookup import PromptLookup
 from .sampling import Sampling
 from .tokenizer import split_at
@@ -102,8 +102,9 @@ class Chat:
         self.generator = sampling.generator()
         self.system = style.system if system is None else system
         cache, lookup = llama.model.new_cache(self.limit), PromptLookup(sampling.prompt_lookup)
-        self.context = Context([], cache, lookup, torch.empty(0))
+        self.sequence = SequenceState([], cache, lookup, torch.empty(0))
         self.reset()
+        self.check_length("`system`", len(self.encode(self.template(), "")))
 
     def reset(self) -> None:
         """Begin a new conversation."""
@@ -115,23 +116,25 @@ class Chat:
     def begin_reply(self) -> None:
         """Reset what `status` reports of a reply."""
         self.llama.timings = Timings()
-        self.n_new, self.is_cut = 0, False  # tokens; whether max_gen_len ended it
-        self.n_evicted, self.is_halved = 0, False  # turns; whether its own turn was truncated
+        self.n_new = 0  # tokens of the reply
+        self.is_cut = False  # max_gen_len ended it
+        self.n_evicted = 0  # turns that were forgotten for it
+        self.is_halved = False  # its own turn was truncated
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
 
         Raises:
-            UserError: The message is longer than the context. The conversation stays as it is.
+            UserError: The message is longer than the sequence. The conversation stays as it is.
         """
         message = message.strip()
         self.begin_reply()
         self.begin_turn(message)
         text, shown = message if self.style.separator is None else "", ""
         try:
-            for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
+            for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), continued=True):
                 text += piece
-                shown, before = printable(text, self.style.stop), shown
+                shown, before = visible_part(text, self.style.stop), shown
                 yield shown[len(before) :]
                 if self.style.stop in text:
                     return
@@ -143,7 +146,7 @@ class Chat:
             self.remove_tail(text.lstrip()[len(shown) :] if shown else text)
 
     def retry(self) -> str:
-        """Remove the last turn from the context. Returns its message, to be sent again, or ""."""
+        """Remove the last turn from the sequence. Returns its message, to be sent again, or ""."""
         message, self.last_message = self.last_message, ""
         if message:
             self.message_starts.pop()
@@ -154,26 +157,37 @@ class Chat:
         """Append one turn to the context, and leave room for at least one token."""
         if self.style.separator is None:
             self.reset()
-        preamble = self.style.preamble if self.system and not self.message_starts else ""
-        template = self.style.separator if self.message_starts else "<s>"
-        template += self.style.turn.replace("{preamble}", preamble)
+        template = self.template()
         ids = self.encode(template, message)
+        # Ids of this turn before its message, and ids that eviction never removes.
         n_before = len(commonprefix([ids, self.encode(template.partition("{user}")[0], "")]))
         n_kept = self.message_starts[0] if self.message_starts else n_before
-        if (length := n_kept + len(ids) - n_before) >= self.limit:
-            raise UserError(
-                f"this message, with what always precedes it, is {length} tokens long and the "
-                f"context {self.limit}: shorten it, or set `max_seq_len` above {length}"
-            )
-        self.context.uniforms = self.sampling.uniforms(self.generator)
-        self.last_message, self.last_turn_start = message, len(self.context.tokens)
+        self.check_length(
+            "this message, with what always precedes it,", n_kept + len(ids) - n_before
+        )
+        self.sequence.uniforms = self.sampling.uniforms(self.generator)
+        self.last_message, self.last_turn_start = message, len(self.sequence.tokens)
         self.message_starts.append(self.last_turn_start + n_before)
-        self.context.tokens += ids
-        while len(self.context.tokens) >= self.limit:
+        self.sequence.tokens += ids
+        while len(self.sequence.tokens) >= self.limit:
             self.evict()
 
+    def template(self) -> str:
+        """The format of the next turn."""
+        preamble = self.style.preamble if self.system and not self.message_starts else ""
+        before = self.style.separator if self.message_starts else "<s>"
+        return before + self.style.turn.replace("{preamble}", preamble)
+
+    def check_length(self, name: str, length: int) -> None:
+        """Raise UserError if a part of the context leaves no room for a reply."""
+        if length >= self.limit:
+            raise UserError(
+                f"{name} is {length} tokens long and the context {self.limit}: shorten it, or set "
+                f"`max_seq_len` above {length}"
+            )
+
     def encode(self, template: str, message: str) -> list[int]:
-        """The ids of a filled-in template. Special tokens count in the template only."""
+        """The ids of a filled-in template. Special tokens are recognized in the template only."""
         tokenizer = self.llama.tokenizer
         special = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id} | tokenizer.added_tokens
         ids: list[int] = []
@@ -183,63 +197,64 @@ class Chat:
             elif part:
                 starts_text = bool(ids) and ids[-1] in (tokenizer.bos_id, tokenizer.eos_id)
                 text = part.format(system=self.system, user=message)
-                ids += tokenizer.encode_plain(text, within=not starts_text)
+                ids += tokenizer.encode_plain(text, continued=not starts_text)
         return ids
 
     def new_tokens(self) -> Iterator[int]:
         """Generate the reply's tokens. If closed early, the context has those that were yielded."""
-        for tokens in self.llama.extend([self.context], self.sampling):
+        for tokens in self.llama.extend([self.sequence], self.sampling):
             n_read = 0
             try:
                 for n_read, token in enumerate(tokens, 1):
                     self.n_new += 1
                     yield token
             finally:
-                self.truncate(len(self.context.tokens) - (len(tokens) - n_read))
-            if len(self.context.tokens) >= self.limit:
+                self.truncate(len(self.sequence.tokens) - (len(tokens) - n_read))
+            if len(self.sequence.tokens) >= self.limit:
                 self.evict()
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens of the context."""
-        context = self.context
-        if length < len(context.tokens):
-            del context.tokens[length:]
-            context.n_cached = min(context.n_cached, length)
-            context.lookup.reset()
+        """Keep the first `length` tokens of the sequence."""
+        sequence = self.sequence
+        if length < len(sequence.tokens):
+            del sequence.tokens[length:]
+            sequence.n_cached = min(sequence.n_cached, length)
+            sequence.lookup.reset()
 
     def evict(self) -> None:
         """Remove the oldest turn or, if there is only one, the older half of it."""
-        context, start, n_cached = self.context, self.message_starts[0], self.context.n_cached
+        sequence, start, n_cached = self.sequence, self.message_starts[0], self.sequence.n_cached
         if len(self.message_starts) > 1:
             end = self.message_starts[1]
             self.n_evicted += 1
         else:
-            end = start + (len(context.tokens) - start + 1) // 2
+            end = start + (len(sequence.tokens) - start + 1) // 2
             self.is_halved = True
-        context.n_cached = min(start, n_cached)  # first, so that Ctrl-C leaves a valid state
-        del context.tokens[start:end]
-        context.lookup.reset()
+        sequence.n_cached = min(start, n_cached)  # first, so that Ctrl-C leaves a valid state
+        del sequence.tokens[start:end]
+        sequence.lookup.reset()
         self.message_starts = [start, *(n - (end - start) for n in self.message_starts[2:])]
         self.last_turn_start = max(self.last_turn_start - (end - start), start)
         if n_cached > end:
-            self.llama.model.evict(context.cache, start, end, n_cached)
-            context.n_cached = n_cached - (end - start)
+            self.llama.model.evict(sequence.cache, start, end, n_cached)
+            sequence.n_cached = n_cached - (end - start)
 
     def remove_tail(self, tail: str) -> None:
-        """Remove a text from the end of the context. A token that it shares is encoded again."""
-        tokenizer, tokens, n = self.llama.tokenizer, self.context.tokens, 0
+        """Remove a text from the end of the sequence. A token that reaches into the text
+        before it is encoded again without it."""
+        tokenizer, tokens, n = self.llama.tokenizer, self.sequence.tokens, 0
         while tail and n < self.n_new:
             n += 1
-            text = "".join(tokenizer.decode_stream(tokens[-n:], within=True))
+            text = "".join(tokenizer.decode_stream(tokens[-n:], continued=True))
             if text.endswith(tail):
                 self.truncate(len(tokens) - n)
-                tokens += tokenizer.encode_plain(text[: -len(tail)], within=True)
+                tokens += tokenizer.encode_plain(text[: -len(tail)], continued=True)
                 return
 
     def status(self) -> str:
         """The last reply's length and speed, how much of the context is used, and what was cut."""
         tokens = "1 token" if self.n_new == 1 else f"{self.n_new} tokens"
-        used = f"context {len(self.context.tokens)}/{self.limit}"
+        used = f"context {len(self.sequence.tokens)}/{self.limit}"
         timings = self.llama.timings
         rates = [f"{timings.new_rate:.1f} tokens/s"] if timings.new_tokens else []
         parts = [tokens, *rates, used]
@@ -253,7 +268,7 @@ class Chat:
         return ", ".join(parts)
 
 
-def printable(text: str, stop: str) -> str:
+def visible_part(text: str, stop: str) -> str:
     """The text before the stop string, without a suffix that may begin one, stripped."""
     reply, stopped, _ = text.partition(stop)
     held = () if stopped else (n for n in range(len(stop)) if reply.endswith(stop[:n]))

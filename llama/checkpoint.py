@@ -47,7 +47,7 @@ def nearest_tokenizer(folder: Path) -> Path:
 def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     """Return the paths; raise UserError if there are none, or a shard is missing.
 
-    argument: The name of the one that gives the folder, for errors.
+    argument: Name of the parameter that holds `folder`, for errors.
     """
     remedy = f"set `{argument}` to the directory of the weights"
     if folder.exists() and not folder.is_dir():
@@ -71,7 +71,7 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
 
 
 def found_in(folder: Path) -> str:
-    """The folders with weights in a folder, for errors."""
+    """The subfolders that contain weights, for errors."""
     paths = folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ()
     names = (path.name for path in paths if os.access(path, os.X_OK) and find_files(path))
     found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
@@ -129,7 +129,7 @@ def check_version(weights: dict[str, Weight], folder: Path) -> None:
 def empty_model(args: ModelArgs, scheme: str | None, whole: bool = False) -> Transformer:
     """The model on the meta device, with quantized layers if there is a scheme.
 
-    Under torchrun, the shapes are those of this rank's parts, unless `whole`.
+    Under torchrun the tensors have the shapes of this rank's parts, unless `whole`.
     """
     if scheme:
         from .quantization.linear import swap_modules
@@ -279,7 +279,7 @@ def build(
             split_corrections(model)
         parallelize(model)
     if scheme:
-        from .quantization.linear import prepare
+        from .quantization.linear import prepare_model
 
-        prepare(model)
+        prepare_model(model)
     return model.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from . import __version__
-from .checkpoint import SCHEMES, find_files, nearest_tokenizer
+from .checkpoint import SCHEMES, find_files, found_in, nearest_tokenizer
 from .errors import UserError, check
 from .generation import LLaMA
 from .sampling import Sampling
@@ -32,7 +32,11 @@ DTYPES = ("float32", "bfloat16")
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "ckpt_dir": (str, None, "directory of the weights (default: ./model, or else the demo model)"),
-    "tokenizer_path": (str, None, "tokenizer.model (default: in ckpt_dir, or else in ./tokenizer)"),
+    "tokenizer_path": (
+        str,
+        None,
+        "tokenizer.model (default: in ckpt_dir, its parent, or ./tokenizer)",
+    ),
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (
@@ -75,7 +79,7 @@ def run(
     A bug shows its traceback.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: its number must not go to a file
+        if getattr(sys, name) is None:  # closed: the next open() would get its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     warnings.showwarning = lambda message, *_: notice(f"warning: {params_to_flags(str(message))}")
@@ -184,7 +188,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of the flags. All arguments after -- are prompts."""
-        if [*argv[-2:]] == ["--", "--help"]:  # Fire's form
+        if [*argv[-2:]] == ["--", "--help"]:  # as in 2023, with fire
             argv = ["--help"]
         end = argv.index("--") if "--" in argv else len(argv)
         name = re.compile(r"\A--[\w-]+(?==|\Z)")
@@ -193,12 +197,11 @@ class Parser(argparse.ArgumentParser):
         args, other = self.parse_known_intermixed_args(flags)
         if unknown := [arg for arg in other if arg.startswith("-")]:
             flag, known = unknown[0].partition("=")[0], self._option_string_actions
-            close = [name for name in known if name.startswith(flag)]
-            close = close or difflib.get_close_matches(flag, known, 1, 0.7)
-            hint = f": did you mean {close[0]}?" if close else ""
-            hint += " (--help lists all)"
-            hint += "; prompts that begin with - go after --" if "prompts" in args else ""
-            print(f"error: there is no flag {flag}{hint}", file=sys.stderr)
+            near = [name for name in known if name.startswith(flag)]
+            near = near or difflib.get_close_matches(flag, known, 1, 0.7)
+            hint = "; prompts that begin with - go after --" if "prompts" in args else ""
+            hint = f": did you mean {near[0]}?" if near else hint
+            print(f"error: there is no flag {flag}{hint} (--help lists all)", file=sys.stderr)
             sys.exit(2)
         rest = [*other, *argv[end + 1 :]]
         if "prompts" in args:
@@ -241,7 +244,8 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     models = (f for f in (Path("model"), ROOT / "model") if find_files(f))
     folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
     if ckpt_dir is None and folder == DEMO:
-        notice(f"no weights in ./model: running the demo model, {folder}")
+        found = found_in(Path("model"))
+        notice(f"no weights in ./model itself{found}: running the demo model, {folder}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 

@@ -23,7 +23,7 @@ PREFILL_TOKENS = 512  # in one forward pass: enough for full speed, few enough f
 
 
 @dataclass
-class Context:
+class SequenceState:
     """One sequence of tokens, and the cache that holds the first `n_cached` of them.
 
     Attributes:
@@ -43,7 +43,7 @@ class Context:
 class Timings:
     """Tokens and seconds. The first pass counts as part of the prompt.
 
-    `new_passes` counts the later passes of each sequence of a batch.
+    `new_passes`: the passes after it, counted for each sequence of a batch.
     """
 
     prompt_tokens: int = 0
@@ -116,25 +116,25 @@ class LLaMA:
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
         check(isinstance(prompts, Iterable), "prompts", "a text or several", prompts)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        sequences = [self.encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         self.timings = Timings()
         args, generator, texts = self.model.args, sampling.generator(), []
-        longest = min(max(map(len, sequences), default=1) + max_gen_len, args.max_seq_len)
+        longest = min(max(map(len, encoded), default=1) + max_gen_len, args.max_seq_len)
         n_fitting = (available_memory() - WORKING_MEMORY) // self.model.cache_bytes(longest)
         batch_size = max(min(args.max_batch_size, n_fitting), 1)
         if torch.distributed.is_initialized():  # all ranks run the same batches
             smallest = torch.tensor(batch_size)
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             batch_size = int(smallest)
-        for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size]
-            contexts = [self.new_context(tokens, sampling, generator) for tokens in batch]
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            sequences = [self.new_sequence(tokens, sampling, generator) for tokens in batch]
             total = max_gen_len * len(batch)
             with tqdm(desc="generating", total=total, unit=" tokens", disable=None) as bar:
-                for tokens in self.extend(contexts, sampling):
+                for tokens in self.extend(sequences, sampling):
                     bar.update(len(tokens))
-            texts += [self.tokenizer.decode(context.tokens) for context in contexts]
-            del contexts  # their caches, before the next ones are made
+            texts += [self.tokenizer.decode(sequence.tokens) for sequence in sequences]
+            del sequences  # their caches, before the next ones are made
         return texts
 
     def stream(
@@ -153,12 +153,12 @@ class LLaMA:
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
         tokens = self.encode(prompt)
         self.timings = Timings()
-        context = self.new_context(tokens, sampling, sampling.generator())
-        new = chain.from_iterable(self.extend([context], sampling))
+        sequence = self.new_sequence(tokens, sampling, sampling.generator())
+        new = chain.from_iterable(self.extend([sequence], sampling))
         return self.tokenizer.decode_stream(chain(tokens, new))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a prompt, with <s>. Raises UserError if it fills the context."""
+        """The ids of a prompt, with <s>. Raises UserError if it fills the sequence."""
         limit, n_words = self.model.args.max_seq_len, self.tokenizer.n_words
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
@@ -176,29 +176,29 @@ class LLaMA:
             )
         return tokens
 
-    def new_context(
+    def new_sequence(
         self, tokens: list[int], sampling: Sampling, generator: torch.Generator
-    ) -> Context:
+    ) -> SequenceState:
         """A sequence of these tokens, with a cache large enough for prompt and continuation."""
         length = min(len(tokens) + sampling.max_gen_len, self.model.args.max_seq_len)
         cache, lookup = self.model.new_cache(length), PromptLookup(sampling.prompt_lookup)
-        return Context([*tokens], cache, lookup, sampling.uniforms(generator))
+        return SequenceState([*tokens], cache, lookup, sampling.uniforms(generator))
 
-    def extend(self, contexts: Sequence[Context], sampling: Sampling) -> Iterator[list[int]]:
-        """Append new tokens to the contexts, and yield them after each forward pass.
+    def extend(self, sequences: Sequence[SequenceState], sampling: Sampling) -> Iterator[list[int]]:
+        """Append new tokens to the sequences, and yield them after each forward pass.
 
-        A context ends at an end-of-sequence token, which is not appended, after as many tokens as
+        A sequence ends at an end-of-sequence token, which is not appended, after as many tokens as
         it has `uniforms`, or when it is max_seq_len tokens long.
         """
         timings, limit = self.timings, self.model.args.max_seq_len
         begin = time.perf_counter()
-        contexts = [context for context in contexts if len(context.uniforms)]
-        ends = [len(context.tokens) + len(context.uniforms) for context in contexts]
-        for context in contexts:
-            context.n_cached = min(context.n_cached, len(context.tokens) - 1)
-        n_prompt = sum(len(context.tokens) - context.n_cached for context in contexts)
-        self.prefill(contexts)
-        while active := [c for c in contexts if len(c.uniforms) and len(c.tokens) < limit]:
+        sequences = [sequence for sequence in sequences if len(sequence.uniforms)]
+        ends = [len(sequence.tokens) + len(sequence.uniforms) for sequence in sequences]
+        for sequence in sequences:
+            sequence.n_cached = min(sequence.n_cached, len(sequence.tokens) - 1)
+        n_prompt = sum(len(sequence.tokens) - sequence.n_cached for sequence in sequences)
+        self.prefill(sequences)
+        while active := [c for c in sequences if len(c.uniforms) and len(c.tokens) < limit]:
             new = list(chain.from_iterable(self.step(active, sampling)))
             seconds = time.perf_counter() - begin
             if n_prompt:
@@ -211,59 +211,59 @@ class LLaMA:
                 timings.new_seconds += seconds
             yield new
             begin = time.perf_counter()
-        for context, end in zip(contexts, ends):
-            if len(context.tokens) >= limit:
+        for sequence, end in zip(sequences, ends):
+            if len(sequence.tokens) >= limit:
                 timings.stopped_at = f"`max_seq_len={limit}`"
-            elif len(context.tokens) == end:
+            elif len(sequence.tokens) == end:
                 timings.stopped_at = f"`max_gen_len={sampling.max_gen_len}`"
 
     @torch.inference_mode()
-    def prefill(self, contexts: Sequence[Context]) -> None:
-        """Run the contexts' tokens except the last PREFILL_TOKENS, which `step` runs."""
-        rest = n_missing = sum(len(context.tokens) - context.n_cached for context in contexts)
+    def prefill(self, sequences: Sequence[SequenceState]) -> None:
+        """Run the sequences' tokens except the last PREFILL_TOKENS, which `step` runs."""
+        rest = n_missing = sum(len(sequence.tokens) - sequence.n_cached for sequence in sequences)
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
         with tqdm(desc="reading", total=n_missing, **options) as bar:
-            for context in contexts:
-                while rest > PREFILL_TOKENS and len(context.tokens) - context.n_cached > 1:
-                    chunk = context.tokens[context.n_cached : -1][:PREFILL_TOKENS]
-                    self.feed([context], [chunk])
-                    context.n_cached += len(chunk)
+            for sequence in sequences:
+                while rest > PREFILL_TOKENS and len(sequence.tokens) - sequence.n_cached > 1:
+                    chunk = sequence.tokens[sequence.n_cached : -1][:PREFILL_TOKENS]
+                    self.feed([sequence], [chunk])
+                    sequence.n_cached += len(chunk)
                     rest -= len(chunk)
                     bar.update(len(chunk))
 
     @torch.inference_mode()
-    def step(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[int]]:
+    def step(self, sequences: Sequence[SequenceState], sampling: Sampling) -> list[list[int]]:
         """One forward pass over the tokens that the caches lack, and drafts of the next ones.
 
         Returns:
-            Each context's new tokens, which are appended to it: the accepted tokens of its draft,
+            Each sequence's new tokens, which are appended to it: the accepted tokens of its draft,
             and one more.
         """
         limit = self.model.args.max_seq_len
-        most = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in contexts]
-        drafts = [c.lookup.draft(c.tokens)[:n] for c, n in zip(contexts, most)]
+        most = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in sequences]
+        drafts = [c.lookup.draft(c.tokens)[:n] for c, n in zip(sequences, most)]
         sizes = [len(draft) + 1 for draft in drafts]
-        chunks = [[*c.tokens[c.n_cached :], *draft] for c, draft in zip(contexts, drafts)]
-        hidden = self.feed(contexts, chunks).split([len(chunk) for chunk in chunks])
+        chunks = [[*c.tokens[c.n_cached :], *draft] for c, draft in zip(sequences, drafts)]
+        hidden = self.feed(sequences, chunks).split([len(chunk) for chunk in chunks])
         rows = torch.cat([states[-size:] for states, size in zip(hidden, sizes)])
         logits = self.model.output(rows).float()[:, : self.tokenizer.n_words]
 
-        uniforms = torch.cat([c.uniforms[:size] for c, size in zip(contexts, sizes)])
-        pairs = list(zip(contexts, drafts))
+        uniforms = torch.cat([c.uniforms[:size] for c, size in zip(sequences, sizes)])
+        pairs = list(zip(sequences, drafts))
         preceding = (c.tokens + draft[:n] for c, draft in pairs for n in range(len(draft) + 1))
         drawn = sample(logits, preceding, uniforms, sampling)
         if torch.distributed.is_initialized():  # CPUs may differ in the last bit of a probability
             torch.distributed.broadcast(drawn, 0)
         return [self.accept(*pair, d.tolist()) for pair, d in zip(pairs, drawn.split(sizes))]
 
-    def feed(self, contexts: Sequence[Context], chunks: Sequence[Sequence[int]]) -> Tensor:
-        """Add a chunk of tokens to each context's cache; returns their hidden states."""
-        pairs = zip(contexts, chunks)
+    def feed(self, sequences: Sequence[SequenceState], chunks: Sequence[Sequence[int]]) -> Tensor:
+        """Add a chunk of tokens to each sequence's cache; returns their hidden states."""
+        pairs = zip(sequences, chunks)
         segments = [Segment(c.n_cached, len(chunk), c.cache) for c, chunk in pairs]
         return self.model.hidden(torch.tensor([*chain.from_iterable(chunks)]), segments)
 
-    def accept(self, context: Context, draft: Sequence[int], drawn: list[int]) -> list[int]:
+    def accept(self, sequence: SequenceState, draft: Sequence[int], drawn: list[int]) -> list[int]:
         """Append the drawn tokens up to the first that differs from the draft; returns them.
 
         The next pass overwrites the keys and values of rejected tokens.
@@ -271,8 +271,8 @@ class LLaMA:
         n_accepted = len(commonprefix([draft, drawn]))
         new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_accepted + 1]))
         is_end = len(new) <= n_accepted
-        context.n_cached = len(context.tokens) + min(n_accepted, len(new))
-        context.tokens += new
-        context.uniforms = context.uniforms[:0] if is_end else context.uniforms[len(new) :]
-        context.lookup.adapt(len(draft), n_accepted)
+        sequence.n_cached = len(sequence.tokens) + min(n_accepted, len(new))
+        sequence.tokens += new
+        sequence.uniforms = sequence.uniforms[:0] if is_end else sequence.uniforms[len(new) :]
+        sequence.lookup.adapt(len(draft), n_accepted)
         return new

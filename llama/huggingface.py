@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import empty_model, model_args, open_tokenizer
+from .checkpoint import describe, empty_model, model_args, open_tokenizer
 from .errors import UserError, check_file
 from .merge import Source
 from .params import check_params, read_json, to_model_args
@@ -82,17 +82,19 @@ def open_folder(folder: Path) -> Source:
     for name, wanted in expected.state_dict().items():
         label = f"{folder}: {hf_name(name)}"
         tensor = tensors.pop(hf_name(name), None)
-        if tensor is None or tensor.shape != wanted.shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise UserError(f"{label} is {found}, not {tuple(wanted.shape)}")
+        if describe(tensor) != describe(wanted):
+            raise UserError(
+                f"{label} is {describe(tensor)}, but by config.json should be {describe(wanted)}"
+            )
         check_tensor(tensor, label)
-        if not tensor.dtype.is_floating_point:
-            raise UserError(f"{label} is {tensor.dtype}, which is not supported")
         if name.endswith(PERMUTED):
             tensor = permute(tensor, expected.args.head_dim)
         weights[name] = Weight(label, [tensor], 0, wanted.shape, mapped)
     if other := [name for name in tensors if not name.endswith(UNUSED)]:
-        raise UserError(f"{folder} has {other[0]}: this is not a LLaMA model")
+        raise UserError(
+            f"{folder} has {other[0]}, which a LLaMA model with config.json's "
+            f"num_hidden_layers {expected.args.n_layers} does not have"
+        )
     tokenizer = open_tokenizer(tokenizer_path, params)
     args = model_args(params, weights, tokenizer, folder)
     return Source(weights, args, tokenizer, files)
@@ -235,4 +237,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (whatever the package raises for a damaged file)
-        raise UserError(f"{path} cannot be read as safetensors: {error!s:.200}") from None
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error!s:.200}): if it is incomplete, download "
+            "it again"
+        ) from None

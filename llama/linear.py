@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from .cache import weighted_sums
 
-FEW_TOKENS = 4  # fewer tokens than this are bound by memory bandwidth, more by arithmetic
+FEW_TOKENS = 3  # up to here memory bandwidth is the bound, beyond it arithmetic
 OUTPUT_BLOCK = 128  # outputs in a block of W^T
 BLOCK_SIZE = 2**21  # elements that are converted or unpacked at once: they stay in the caches
-NO_OFFSET = torch.zeros(1, dtype=torch.int32)  # of symmetric int8 weights
+ZERO_POINT = torch.zeros(1, dtype=torch.int32)  # of symmetric int8 weights
 UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, or on this CPU
 
 
@@ -53,21 +53,23 @@ def int8_pack(weight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
-def int8_linear(q: Tensor, scale: Tensor | float, packed: Tensor, scales: Tensor) -> Tensor:
-    """fp32 (scale * (q - 128)) (scales * W)^T.
+def int8_linear(
+    q: Tensor, x_scale: Tensor | float, packed: Tensor, weight_scales: Tensor
+) -> Tensor:
+    """fp32 (x_scale * (q - 128)) (weight_scales * W)^T.
 
     Args:
         q: uint8 (n, k).
-        scale: fp32 (n, 1), or a number for all rows.
+        x_scale: fp32 (n, 1), or a number for all rows.
         packed: int8 W, (m, k), as `int8_pack` returns it.
-        scales: fp32 (m,).
+        weight_scales: fp32 (m,).
     """
-    one_scale = isinstance(scale, float)
+    one_scale = isinstance(x_scale, float)
     y = torch.ops.onednn.qlinear_pointwise(
-        *(q, scale if one_scale else 1.0, 128, packed, scales, NO_OFFSET),
+        *(q, x_scale if one_scale else 1.0, 128, packed, weight_scales, ZERO_POINT),
         *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
-    return y if one_scale else y.mul_(scale)
+    return y if one_scale else y.mul_(x_scale)
 
 
 def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class PlainLinear(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < FEW_TOKENS or self.weight.dtype == torch.float32:
+        if len(x) <= FEW_TOKENS or self.weight.dtype == torch.float32:
             return F.linear(x, self.weight)
         return linear_by_blocks(x, fp32_blocks(self.weight))
 
@@ -218,7 +220,7 @@ class TransposedLinear(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < FEW_TOKENS:
+        if len(x) <= FEW_TOKENS:
             n_blocks, in_features, _ = self.table.shape
             rows = all_rows(n_blocks, in_features)
             sums = [weighted_sums(self.table, rows, row.expand(n_blocks, -1)) for row in x]

@@ -19,7 +19,8 @@ class PromptLookup:
 
     def __init__(self, limit: int):
         self.limit, self.length = limit, min(FIRST_LENGTH, limit)
-        self.backoff = self.pause = 0  # passes without a draft: after the last failure; left
+        self.backoff = 0  # length of the last pause, in passes
+        self.pause = 0  # passes of it that are left
         self.reset()
 
     def reset(self) -> None:
@@ -45,8 +46,8 @@ class PromptLookup:
     def adapt(self, n_drafted: int, n_accepted: int) -> None:
         """Double the length after a draft that was right; otherwise use the number accepted.
 
-        After one, two, ... drafts in a row that were wrong from their first token on, the next 2,
-        4, 8, 16 or 32 passes have none.
+        After n drafts in a row of which nothing was accepted, the next min(2^n, 32) passes have
+        none.
         """
         if n_drafted:
             length = 2 * self.length if n_accepted == n_drafted else n_accepted

@@ -46,7 +46,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
 
     Args:
         folder: The directory of the weights.
-        copy_files: Take Meta's params.json and tokenizer.model along.
+        copy_files: Copy Meta's params.json and tokenizer.model too.
         tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
     """
     paths = find_shards(folder) or find_files(folder)
@@ -97,7 +97,7 @@ def write_merged(
     target = output_dir / "merged.pth"
     needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
     with ExitStack() as stack:
-        # Entered first, renamed last.
+        # The stack ends in reverse: merged.pth is renamed last.
         partial = stack.enter_context(atomic_write(target, overwrite))
         for name, content in source.files.items():
             path = output_dir / name

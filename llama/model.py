@@ -137,7 +137,7 @@ class Transformer(nn.Module):
     """The model: token ids in, logits out.
 
     Args:
-        args: Its shape. Load a state dict with Meta's names: the embedding is uninitialized memory.
+        args: Its hyperparameters. The embedding is uninitialized until a state dict is loaded.
 
     Attributes:
         caches: The key-value caches of the last call of `forward`.

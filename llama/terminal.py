@@ -69,7 +69,9 @@ def open_history() -> Callable[[str], None]:
         return lambda message: None
     readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_auto_history(False)
-    path = history_path()
+    # In the user's state folder, as the XDG Base Directory Specification names it.
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state, "llama-cpu", "history.jsonl")
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text(encoding="utf-8").splitlines()[-N_HISTORY:]:
             readline.add_history(json.loads(line))
@@ -84,12 +86,6 @@ def open_history() -> Callable[[str], None]:
                 file.write(json.dumps(message) + "\n")
 
     return remember
-
-
-def history_path() -> Path:
-    """A file in the user's state folder, as the XDG Base Directory Specification names it."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "llama-cpu" / "history.jsonl"
 
 
 def print_pieces(pieces: Iterable[str]) -> None:

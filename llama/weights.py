@@ -29,7 +29,7 @@ class WeightSpec(NamedTuple):
     """How a weight of shape (out_features, in_features) is divided."""
 
     split_dim: int  # the dimension that Meta's shards divide
-    unit: str | None  # ranks get whole ones of these. None: every rank has the whole weight
+    unit: str | None  # what ranks do not split. None: every rank has the whole weight
 
 
 HEADS, HIDDEN, OUTPUTS = "key-value heads", "blocks of hidden features", "outputs"
@@ -44,8 +44,8 @@ WEIGHTS = {  # norms are not here: they are whole in every shard
     "w3": WeightSpec(0, HIDDEN),
     "output": WeightSpec(0, OUTPUTS),
 }
-# For each tensor of a module: which of its dimensions are (out_features, in_features).
-DIMS = {
+# Tensor of a layer: its dimensions of (out_features, in_features).
+TENSOR_DIMS = {
     "weight": (0, 1),
     "scales": (0, None),
     "groups": (1, 0),
@@ -57,9 +57,9 @@ DIMS = {
 def split_dim(name: str) -> int | None:
     """The dimension of a tensor that shards and ranks divide. None: every shard has all of it."""
     module, tensor = f".{name}".split(".")[-2:]
-    if module not in WEIGHTS or tensor not in DIMS:
+    if module not in WEIGHTS or tensor not in TENSOR_DIMS:
         return None
-    return DIMS[tensor][WEIGHTS[module].split_dim]
+    return TENSOR_DIMS[tensor][WEIGHTS[module].split_dim]
 
 
 @dataclass
@@ -144,7 +144,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise
     except Exception as error:  # noqa: BLE001  (whatever torch raises for a damaged file)
         reason = re.split(r"\.?\s*\n|\. ", str(error))[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason:.200}") from None
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason:.200}): if it is incomplete, copy or "
+            "download it again"
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -186,14 +189,16 @@ def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
             continue
         parts = [shard.get(name) for shard in shards]
         kinds = [part is not None and (part.shape, part.dtype) for part in parts]
-        other = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), None)
-        if other is None:
+        differing = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if differing is None:
             check_tensor(parts[0], f"{paths[0]}: {name:.60}")
-        if other is None and name == "norm.weight":  # the same in all shards of one model
-            other = next((n for n, part in enumerate(parts) if is_different(part, parts[0])), None)
-        if other is not None:
+        if differing is None and name == "norm.weight":  # the same in all shards of one model
+            differing = next(
+                (n for n, part in enumerate(parts) if is_different(part, parts[0])), None
+            )
+        if differing is not None:
             raise UserError(
-                f"{paths[other]} and {paths[0]} are not shards of one model: {name:.60} differs"
+                f"{paths[differing]} and {paths[0]} are not shards of one model: {name:.60} differs"
             )
         dim, shape = split_dim(name), list(parts[0].shape)
         if dim is None or dim >= len(shape):

@@ -38,12 +38,12 @@ def talk(n_turns: int) -> None:
     warm = 0.0
     for turn in range(n_turns):
         reply = "".join(chat.reply(rng.choice(LINES)))
-        assert len(chat.context.tokens) <= 128
+        assert len(chat.sequence.tokens) <= 128
         if turn % 100 == 99:  # the same tokens, computed anew
             n_checked += 1
-            kept = chat.context.tokens
-            n_cached = min(chat.context.n_cached, len(kept) - 1)
-            segments = [Segment(n_cached, len(kept) - n_cached, chat.context.cache)]
+            kept = chat.sequence.tokens
+            n_cached = min(chat.sequence.n_cached, len(kept) - 1)
+            segments = [Segment(n_cached, len(kept) - n_cached, chat.sequence.cache)]
             with torch.inference_mode():
                 hidden = demo.model.hidden(torch.tensor(kept[n_cached:]), segments)
                 shifted = demo.model.output(hidden[-1:]).float()

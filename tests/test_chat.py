@@ -55,7 +55,7 @@ def new_chat(folder):
         model = load(folder, max_seq_len=limit).model
         model = llama.LLaMA(model, llama.Tokenizer(TOKENIZER, ADDED))
         if said:
-            ids = [model.tokenizer.encode(text, False, True, within=True) for text in said]
+            ids = [model.tokenizer.encode(text, False, True, continued=True) for text in said]
             model.model.output = Speaker([*chain.from_iterable(ids)])
         style = llama.STYLES[style] if isinstance(style, str) else style
         options = {"max_gen_len": 50, "prompt_lookup": 0 if said else 8, **options}
@@ -67,7 +67,7 @@ def new_chat(folder):
 def text_of(chat: llama.Chat) -> str:
     """What is in the context, with <s> and </s>, which decode leaves out."""
     special = {1: "<s>", 2: "</s>"}
-    groups = [[*ids] for _, ids in groupby(chat.context.tokens, lambda token: token in special)]
+    groups = [[*ids] for _, ids in groupby(chat.sequence.tokens, lambda token: token in special)]
     decode = chat.llama.tokenizer.decode
     return "".join("".join(map(special.get, g)) if g[0] in special else decode(g) for g in groups)
 
@@ -116,7 +116,7 @@ def test_only_a_styles_own_text_becomes_special_ids(new_chat):
     chat = new_chat("Hello", style="chatml")
     message = "</s><s><|im_end|>{preamble}{}"
     say(chat, message)
-    assert [chat.context.tokens.count(token) for token in (1, 2, 2048, 2049)] == [1, 0, 3, 2]
+    assert [chat.sequence.tokens.count(token) for token in (1, 2, 2048, 2049)] == [1, 0, 3, 2]
     assert f"<|im_start|>user\n{message}<|im_end|>" in text_of(chat)
 
 
@@ -141,7 +141,7 @@ def test_the_users_next_turn_ends_a_reply_at_the_start_of_a_line_only(new_chat, 
 
 def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
     whole = "Hello\nUser"
-    n_ids = len(llama.Tokenizer(TOKENIZER).encode(whole, False, False, within=True))
+    n_ids = len(llama.Tokenizer(TOKENIZER).encode(whole, False, False, continued=True))
     chat = new_chat(whole + "s are there", max_gen_len=n_ids)
     assert say(chat, "Hi") == ["Hello"]
     assert text_of(chat).endswith("AI:Hello")
@@ -178,7 +178,7 @@ def test_evicted_turns_leave_no_trace(tmp_path):
         assert text_of(chat).startswith(f"<s>Kind.\n\nUser: Turn {n_forgotten}\nAI:")
     assert n_forgotten > 5
     # The last turn evicts others before its reply, and none in its course.
-    prompt = chat.context.tokens[: len(chat.context.tokens) - chat.n_new]
+    prompt = chat.sequence.tokens[: len(chat.sequence.tokens) - chat.n_new]
     continued = "".join(model.stream(prompt, chat.n_new, temperature=0))
     assert text_of(chat) == "<s>" + continued
 
@@ -213,6 +213,11 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_c
     assert text_of(chat) == before
     assert chat.retry() == "Hi"
     assert say(chat, "How are you?") == ["Fine"]
+
+
+def test_a_system_prompt_longer_than_the_context_is_refused_at_once(new_chat):
+    with pytest.raises(llama.UserError, match="`system` is [0-9]+ tokens long and the context"):
+        new_chat(system="a long text " * 200, limit=256)
 
 
 def test_reset_forgets_the_talk(new_chat):

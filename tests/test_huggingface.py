@@ -208,9 +208,12 @@ UP = "model.layers.1.mlp.up_proj.weight"
 CHANGES = [
     ({UP: torch.ones(345, 128).to(torch.float8_e4m3fn)}, f"{UP} is .*float8"),
     ({UP: torch.ones(345, 128).to(torch.int8)}, f"{UP} is .*int8"),
-    ({UP: torch.ones(344, 128)}, rf"{UP} is of shape \(344, 128\)"),
-    ({UP: None}, f"{UP} is missing"),
-    ({UP.replace("weight", "bias"): torch.ones(345)}, "bias: this is not a LLaMA model"),
+    ({UP: torch.ones(344, 128)}, rf"{UP} is float \(344, 128\), but by config.json"),
+    ({UP: None}, f"{UP} is not there"),
+    (
+        {UP.replace("weight", "bias"): torch.ones(345)},
+        "bias, which a LLaMA model with config.json's num_hidden_layers ",
+    ),
 ]
 
 

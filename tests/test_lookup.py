@@ -69,7 +69,7 @@ def test_a_chat_says_the_same_with_guesses_and_without(folder, options):
         sampling = llama.Sampling(50, **options, prompt_lookup=prompt_lookup)
         chat = llama.Chat(model, llama.STYLES["dialog"], "", sampling)
         messages = ["Tell me a story about a fox."] * 6
-        talks.append([("".join(chat.reply(m)), list(chat.context.tokens)) for m in messages])
+        talks.append([("".join(chat.reply(m)), list(chat.sequence.tokens)) for m in messages])
         assert "forgotten" in chat.status()
     assert talks[0] == talks[1]
 

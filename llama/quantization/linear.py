@@ -36,7 +36,7 @@ from ..linear import (
 from ..model import Transformer
 from .rounding import int4_group_size, quantize_int4, row_scales
 
-ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 because conversion to uint8 truncates
+ROUNDING_OFFSET = torch.tensor(128.5)  # 128, and 0.5 because conversion to uint8 truncates
 INT8PACK_TOKENS = 32  # from here on converting int8 to fp32 is faster than the 8-bit operator
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
@@ -103,9 +103,9 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """x (n, k) as scale * (q - 128): uint8 q; scales (n, 1), or a number for one row."""
     if len(x) == 1:  # fewer operators
         scale = max(x.abs().max().item(), 1e-12) / 127
-        return torch.add(ZERO_POINT, x, alpha=1 / scale).to(torch.uint8), scale
+        return torch.add(ROUNDING_OFFSET, x, alpha=1 / scale).to(torch.uint8), scale
     scale = row_scales(x)
-    return (x / scale).add_(ZERO_POINT).to(torch.uint8), scale
+    return (x / scale).add_(ROUNDING_OFFSET).to(torch.uint8), scale
 
 
 class Int8Linear(QuantizedLinear):
@@ -154,7 +154,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(QuantizedLinear):
     """Asymmetric, in groups of neighbouring inputs: Q = scale * (q - 8) + zero, q from 0 to 15.
 
-    The zero is a weight's value, not an integer zero point: PyTorch's 4-bit operator wants it so.
+    `zero` is the value that q = 8 stands for, as PyTorch's 4-bit operator expects, not an integer.
 
     Buffers:
         weight: uint8 (out_features, in_features / 2). Two neighbours share a byte, the first is in
@@ -189,7 +189,7 @@ class Int4Linear(QuantizedLinear):
         if has_vnni():
             scale, zero = self.groups.float().unbind(2)
             limits = torch.maximum((zero - 8 * scale).abs(), (zero + 7 * scale).abs()).amax(0)
-            self.int8_scales = limits.clamp_min_(1e-12).div_(127)  # rows of Q fit in int8 by these
+            self.int8_scales = limits.clamp_min_(1e-12).div_(127)  # Q / these fits in int8
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.interleaving and len(x) < MANY_TOKENS:
@@ -197,13 +197,14 @@ class Int4Linear(QuantizedLinear):
         return self.multiply_int8(x) if has_vnni() else linear_by_blocks(x, self.blocks())
 
     def multiply_int8(self, x: Tensor) -> Tensor:
-        """x Q^T with Q in int8 with one scale for each output, block by block, and int8 x."""
+        """x Q^T by int8 products: each block of Q is rounded to one scale for each output."""
         q, scale = round_activations(x)
         q = q.bitwise_xor(128).view(torch.int8)
         y = x.new_empty(len(x), self.shape[0])
         for rows in row_blocks(*self.shape):
             int8_scale = self.int8_scales[rows]
-            # int16 fixed point, 8 fractional bits. The product may wrap around; the sum fits.
+            # Q / int8_scale = low + step * q, in int16 with 8 fractional bits. The product may wrap
+            # around; the sum fits.
             fixed = self.groups[:, rows].permute(2, 0, 1) * (256 / int8_scale)
             step, low = fixed[0], fixed[1].sub_(fixed[0], alpha=8).add_(128).round_()
             step, low = step.round_().to(torch.int16), low.to(torch.int16)
@@ -254,12 +255,12 @@ def swap_modules(model: nn.Module, scheme: str) -> None:
             model.set_submodule(path, cls(*module.weight.shape))
 
 
-def prepare(model: Transformer) -> None:
+def prepare_model(model: Transformer) -> None:
     """Prepare the quantized layers of a model whose buffers are filled."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.prepare()
-    for layer in model.layers:  # equal directions become one tensor: `project_out` computes once
+    for layer in model.layers:  # layers with one input share their directions: see `project_out`
         attention, feed_forward = layer.attention, layer.feed_forward
         attention.wk.directions = attention.wv.directions = attention.wq.directions
         feed_forward.w3.directions = feed_forward.w1.directions
