@@ -244,8 +244,8 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     models = (f for f in (Path("model"), ROOT / "model") if find_files(f))
     folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
     if ckpt_dir is None and folder == DEMO:
-        found = found_in(Path("model"))
-        notice(f"no weights in ./model itself{found}: running the demo model, {folder}")
+        found = found_in(Path("model")).replace(" (found: demo)", "")  # nothing but the demo
+        notice(f"no weights in ./model{found}: running the demo model, {folder}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 
