@@ -58,10 +58,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -> dict[str, Any]:
-    """Check the keys and values of a model's parameters, which come from the file at `path`.
-
-    names: The file's names of keys, where they differ.
-    """
+    """Check keys and values. names: What the file at `path` calls a key, where that differs."""
     if unknown := sorted(params.keys() - KEYS.keys()):
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
     if missing := [names.get(key, key) for key in REQUIRED if key not in params]:
@@ -83,13 +80,7 @@ def is_valid(value: object, kind: type) -> bool:
 
 
 def to_model_args(params: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
-    """The model that the parameters describe.
-
-    Args:
-        params: The result of `read_params`.
-        path: The file that they come from, for errors.
-        vocab_size: Rows of the embedding, for a params.json that says -1.
-    """
+    """The shape of the model. vocab_size: Rows of the embedding, for a params.json that says -1."""
     args = ModelArgs(**{key: v for key, v in params.items() if key in ModelArgs.__annotations__})
     if args.vocab_size == -1:
         args.vocab_size = vocab_size

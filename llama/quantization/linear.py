@@ -65,12 +65,7 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, directions: Tensor) -> None:
-        """Fill the buffers.
-
-        Args:
-            weight: W, (out_features, in_features) of any float dtype.
-            directions: U, fp32.
-        """
+        """Fill the buffers from W, of any float dtype, and U in fp32."""
         self.directions = directions.bfloat16()
         corrections = linear_by_blocks(self.directions.float(), fp32_blocks(weight))
         self.corrections = corrections.bfloat16()

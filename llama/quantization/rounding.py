@@ -23,9 +23,6 @@ def int4_group_size(in_features: int) -> int:
 def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Round a matrix to W = scale * (q - 8) + zero, in groups of neighbouring inputs.
 
-    Args:
-        weight: (out_features, in_features), of any float dtype.
-        group: Inputs in a group.
     Returns:
         uint8 q from 0 to 15, (out_features, in_features), and scale and zero, bf16
         (in_features / group, out_features, 2).
