@@ -132,7 +132,7 @@ class Chat:
         self.begin_turn(message)
         text, shown = message if self.style.separator is None else "", ""
         try:
-            for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), continued=True):
+            for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
                 shown, before = visible_part(text, self.style.stop), shown
                 yield shown[len(before) :]
@@ -197,7 +197,7 @@ class Chat:
             elif part:
                 starts_text = bool(ids) and ids[-1] in (tokenizer.bos_id, tokenizer.eos_id)
                 text = part.format(system=self.system, user=message)
-                ids += tokenizer.encode_plain(text, continued=not starts_text)
+                ids += tokenizer.encode_plain(text, within=not starts_text)
         return ids
 
     def new_tokens(self) -> Iterator[int]:
@@ -245,10 +245,10 @@ class Chat:
         tokenizer, tokens, n = self.llama.tokenizer, self.sequence.tokens, 0
         while tail and n < self.n_new:
             n += 1
-            text = "".join(tokenizer.decode_stream(tokens[-n:], continued=True))
+            text = "".join(tokenizer.decode_stream(tokens[-n:], within=True))
             if text.endswith(tail):
                 self.truncate(len(tokens) - n)
-                tokens += tokenizer.encode_plain(text[: -len(tail)], continued=True)
+                tokens += tokenizer.encode_plain(text[: -len(tail)], within=True)
                 return
 
     def status(self) -> str:

@@ -43,41 +43,39 @@ class Tokenizer:
         self.n_words = max([self.sp_model.vocab_size() - 1, *self.added_texts]) + 1
         self.eos_ids = frozenset([self.eos_id, *eos_ids])
 
-    def encode(self, s: str, bos: bool, eos: bool, continued: bool = False) -> list[int]:
+    def encode(self, s: str, bos: bool, eos: bool, within: bool = False) -> list[int]:
         """The ids of a text.
 
         Args:
             s: The text. Added tokens in it become single ids; <s> and </s> do not.
             bos, eos: Put bos_id before, eos_id after.
-            continued: `s` continues an earlier text, so no space is added before it.
+            within: `s` continues an earlier text, so no space is added before it.
         """
         ids = []
         for part in split_at(self.added_tokens, s):
             if part in self.added_tokens:
                 ids.append(self.added_tokens[part])
             else:
-                ids += self.encode_plain(part, continued or bool(ids))
+                ids += self.encode_plain(part, within or bool(ids))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_plain(self, s: str, continued: bool) -> list[int]:
+    def encode_plain(self, s: str, within: bool) -> list[int]:
         """The ids of a text in which no token is special."""
         s = s.encode("utf-8", "replace").decode()  # half of a surrogate pair is not a character
-        before = (
-            "\n" if continued else ""
-        )  # a byte token, which never merges with the text after it
+        before = "\n" if within else ""  # a byte token, which never merges with the text after it
         return self.sp_model.encode(before + s)[len(self.sp_model.encode(before)) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
         return "".join(self.decode_stream(ids))
 
-    def decode_stream(self, ids: Iterable[int], continued: bool = False) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int], within: bool = False) -> Iterator[str]:
         """Yield the text of each id as it comes. The pieces join to `decode` of all ids.
 
         A character whose bytes come in several ids is held back until it is complete.
 
         Args:
-            continued: The ids continue an earlier text, so a space before the first one is kept.
+            within: The ids continue an earlier text, so a space before the first one is kept.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("replace_each")
         sp = self.sp_model
@@ -89,9 +87,9 @@ class Tokenizer:
             else:
                 # decode() drops a space before the first piece: decode the token twice to keep it.
                 first = sp.decode([token])
-                piece = sp.decode([token, token])[len(first) :] if continued else first
+                piece = sp.decode([token, token])[len(first) :] if within else first
                 yield utf8.decode(b"", final=True) + piece
-            continued = continued or token >= sp.vocab_size() or not sp.is_control(token)
+            within = within or token >= sp.vocab_size() or not sp.is_control(token)
         yield utf8.decode(b"", final=True)
 
 

@@ -55,7 +55,7 @@ def new_chat(folder):
         model = load(folder, max_seq_len=limit).model
         model = llama.LLaMA(model, llama.Tokenizer(TOKENIZER, ADDED))
         if said:
-            ids = [model.tokenizer.encode(text, False, True, continued=True) for text in said]
+            ids = [model.tokenizer.encode(text, False, True, within=True) for text in said]
             model.model.output = Speaker([*chain.from_iterable(ids)])
         style = llama.STYLES[style] if isinstance(style, str) else style
         options = {"max_gen_len": 50, "prompt_lookup": 0 if said else 8, **options}
@@ -141,7 +141,7 @@ def test_the_users_next_turn_ends_a_reply_at_the_start_of_a_line_only(new_chat, 
 
 def test_a_reply_that_is_cut_shows_no_beginning_of_a_stop_and_says_so(new_chat):
     whole = "Hello\nUser"
-    n_ids = len(llama.Tokenizer(TOKENIZER).encode(whole, False, False, continued=True))
+    n_ids = len(llama.Tokenizer(TOKENIZER).encode(whole, False, False, within=True))
     chat = new_chat(whole + "s are there", max_gen_len=n_ids)
     assert say(chat, "Hi") == ["Hello"]
     assert text_of(chat).endswith("AI:Hello")

@@ -50,10 +50,10 @@ def test_a_character_of_several_tokens_appears_when_it_is_complete():
 
 def test_within_a_text_no_space_is_added_and_none_is_lost():
     ids = PLAIN.encode("hello there", bos=False, eos=False)
-    assert "".join(PLAIN.decode_stream(ids, continued=True)) == " hello there"
+    assert "".join(PLAIN.decode_stream(ids, within=True)) == " hello there"
     for text in ("hello", " hello", "\n\nhello"):
-        ids = PLAIN.encode(text, bos=False, eos=False, continued=True)
-        assert "".join(PLAIN.decode_stream(ids, continued=True)) == text
+        ids = PLAIN.encode(text, bos=False, eos=False, within=True)
+        assert "".join(PLAIN.decode_stream(ids, within=True)) == text
 
 
 @pytest.mark.parametrize("text", ["a <|im_end|> b\n", "<|im_start|>c<|im|>🙂<|im_start|>  c"])
