@@ -125,7 +125,7 @@ class Chat:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
 
         Raises:
-            UserError: The message is longer than the sequence. The conversation stays as it is.
+            UserError: The message is longer than the context. The conversation stays as it is.
         """
         message = message.strip()
         self.begin_reply()
@@ -146,7 +146,7 @@ class Chat:
             self.remove_tail(text.lstrip()[len(shown) :] if shown else text)
 
     def retry(self) -> str:
-        """Remove the last turn from the sequence. Returns its message, to be sent again, or ""."""
+        """Remove the last turn from the context. Returns its message, to be sent again, or ""."""
         message, self.last_message = self.last_message, ""
         if message:
             self.message_starts.pop()
@@ -240,8 +240,10 @@ class Chat:
             sequence.n_cached = n_cached - (end - start)
 
     def remove_tail(self, tail: str) -> None:
-        """Remove a text from the end of the sequence. A token that reaches into the text
-        before it is encoded again without it."""
+        """Remove a text from the end of the sequence.
+
+        A token that reaches into the text before it is encoded again without it.
+        """
         tokenizer, tokens, n = self.llama.tokenizer, self.sequence.tokens, 0
         while tail and n < self.n_new:
             n += 1
