@@ -6,8 +6,7 @@ from os.path import commonprefix  # works for any sequences
 
 import torch
 
-from .errors import UserError
-from .generation import LLaMA, SequenceState, Timings
+from .generation import LLaMA, SequenceState, Timings, check_length
 from .lookup import PromptLookup
 from .sampling import Sampling
 from .tokenizer import split_at
@@ -104,7 +103,7 @@ class Chat:
         cache, lookup = llama.model.new_cache(self.limit), PromptLookup(sampling.prompt_lookup)
         self.sequence = SequenceState([], cache, lookup, torch.empty(0))
         self.reset()
-        self.check_length("`system`", len(self.encode(self.template(), "")))
+        check_length("`system`", len(self.encode(self.template(), "")), self.limit)
 
     def reset(self) -> None:
         """Begin a new conversation."""
@@ -162,9 +161,8 @@ class Chat:
         # Ids of this turn before its message, and ids that eviction never removes.
         n_before = len(commonprefix([ids, self.encode(template.partition("{user}")[0], "")]))
         n_kept = self.message_starts[0] if self.message_starts else n_before
-        self.check_length(
-            "this message, with what always precedes it,", n_kept + len(ids) - n_before
-        )
+        length = n_kept + len(ids) - n_before
+        check_length("this message, with what always precedes it,", length, self.limit)
         self.sequence.uniforms = self.sampling.uniforms(self.generator)
         self.last_message, self.last_turn_start = message, len(self.sequence.tokens)
         self.message_starts.append(self.last_turn_start + n_before)
@@ -177,14 +175,6 @@ class Chat:
         preamble = self.style.preamble if self.system and not self.message_starts else ""
         before = self.style.separator if self.message_starts else "<s>"
         return before + self.style.turn.replace("{preamble}", preamble)
-
-    def check_length(self, name: str, length: int) -> None:
-        """Raise UserError if a part of the context leaves no room for a reply."""
-        if length >= self.limit:
-            raise UserError(
-                f"{name} is {length} tokens long and the context {self.limit}: shorten it, or set "
-                f"`max_seq_len` above {length}"
-            )
 
     def encode(self, template: str, message: str) -> list[int]:
         """The ids of a filled-in template. Special tokens are recognized in the template only."""

@@ -32,11 +32,7 @@ DTYPES = ("float32", "bfloat16")
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "ckpt_dir": (str, None, "directory of the weights (default: ./model, or else the demo model)"),
-    "tokenizer_path": (
-        str,
-        None,
-        "tokenizer.model (default: in ckpt_dir, its parent, or ./tokenizer)",
-    ),
+    "tokenizer_path": (str, None, "tokenizer.model (default: ckpt_dir, its parent, ./tokenizer)"),
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (
@@ -244,7 +240,7 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     models = (f for f in (Path("model"), ROOT / "model") if find_files(f))
     folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
     if ckpt_dir is None and folder == DEMO:
-        found = found_in(Path("model")).replace(" (found: demo)", "")  # nothing but the demo
+        found = found_in(Path("model"))
         notice(f"no weights in ./model{found}: running the demo model, {folder}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 

@@ -67,6 +67,15 @@ class Timings:
         return text + (f", stopped at {self.stopped_at}" if self.stopped_at else "")
 
 
+def check_length(name: str, length: int, limit: int) -> None:
+    """Raise UserError if a part of the context leaves no room for a new token."""
+    if length >= limit:
+        raise UserError(
+            f"{name} is {length} tokens long and the context {limit}: shorten it, or set "
+            f"`max_seq_len` above {length}"
+        )
+
+
 class LLaMA:
     """A model with its tokenizer.
 
@@ -169,11 +178,7 @@ class LLaMA:
                 tokens = []
             good = len(tokens) > 0 and 0 <= min(tokens) and max(tokens) < n_words
             check(good, "prompt", f"a text or token ids from 0 to {n_words - 1}", prompt)
-        if len(tokens) >= limit:
-            raise UserError(
-                f"the prompt is {len(tokens)} tokens long and the context {limit}: "
-                f"shorten the prompt, or set `max_seq_len` above {len(tokens)}"
-            )
+        check_length("the prompt", len(tokens), limit)
         return tokens
 
     def new_sequence(

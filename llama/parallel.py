@@ -197,8 +197,9 @@ def add_all_reduces(model: Transformer) -> None:
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over the ranks: small tensors by the sockets, others by gloo.
 
-    gloo receives on a thread of its own, which waits for a core if all cores compute. So the 33
-    exchanges of a token took 49 ms with gloo's isend and irecv, and take 4 to 16 (two ranks, Intel).
+    gloo receives on a thread of its own, which waits for a core if all cores compute. With its
+    isend and irecv the 33 exchanges of a token took 49 ms (two ranks, Intel), so 9.3 tokens/s in
+    int8; with the sockets it is 14.5, in one process 16.4.
     """
     if x.nbytes > SMALL:
         dist.all_reduce(x)
