@@ -12,11 +12,13 @@ rows (llama/quantization/calibration.py): low-rank error reconstruction, as in L
 """
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..linear import (
     fp32_blocks,
@@ -34,6 +36,7 @@ from ..linear import (
     unpack_int4,
 )
 from ..model import Transformer
+from ..weights import TENSOR_DIMS
 from .rounding import int4_group_size, quantize_int4, row_scales
 
 ROUNDING_OFFSET = torch.tensor(128.5)  # 128, and 0.5 because conversion to uint8 truncates
@@ -83,9 +86,6 @@ class QuantizedLinear(nn.Module):
         return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
 
 
-# Cached by the identity of both: wq wk wv, and w1 w3, pass the same two tensors, which nothing may
-# modify in place.
-@functools.lru_cache(maxsize=1)
 def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """u = U x and the residual r = x - U^T u, in fp32."""
     x = x.float()
@@ -93,7 +93,6 @@ def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     return projection, torch.addmm(x, projection, directions, alpha=-1)
 
 
-@functools.lru_cache(maxsize=1)
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """x (n, k) as scale * (q - 128): uint8 q; scales (n, 1), or a number for one row."""
     if len(x) == 1:  # fewer operators
@@ -250,12 +249,43 @@ def swap_modules(model: nn.Module, scheme: str) -> None:
             model.set_submodule(path, cls(*module.weight.shape))
 
 
+class FusedPart(nn.Module):
+    """Some outputs of a layer that fuses several matrices with one input.
+
+    One product instead of two or three: int8 decodes 1.07 times as fast (953M).
+    """
+
+    # The last product, by its input. It lives as long as that; nothing may modify either.
+    products = WeakTensorKeyDictionary()
+
+    def __init__(self, whole: QuantizedLinear, outputs: slice):
+        super().__init__()
+        self.whole, self.outputs = whole, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x not in self.products:
+            self.products[x] = self.whole(x)
+        return self.products[x][:, self.outputs]
+
+
+def fuse(parent: nn.Module, names: Sequence[str]) -> None:
+    """Fuse quantized layers with one input, which have the same directions."""
+    layers = [getattr(parent, name) for name in names]
+    ends = [*itertools.accumulate(layer.shape[0] for layer in layers)]
+    whole = layers[0]
+    for buffer in whole.state_dict():
+        dim, _ = TENSOR_DIMS[buffer]
+        if dim is not None:
+            setattr(whole, buffer, torch.cat([getattr(layer, buffer) for layer in layers], dim))
+    for name, start, end in zip(names, [0, *ends], ends):
+        setattr(parent, name, FusedPart(whole, slice(start, end)))
+
+
 def prepare_model(model: Transformer) -> None:
-    """Prepare the quantized layers of a model whose buffers are filled."""
+    """Fuse and prepare the quantized layers of a model whose buffers are filled."""
+    for layer in model.layers:
+        fuse(layer.attention, ("wq", "wk", "wv"))
+        fuse(layer.feed_forward, ("w1", "w3"))
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.prepare()
-    for layer in model.layers:  # layers with one input share their directions: see `project_out`
-        attention, feed_forward = layer.attention, layer.feed_forward
-        attention.wk.directions = attention.wv.directions = attention.wq.directions
-        feed_forward.w3.directions = feed_forward.w1.directions
