@@ -37,8 +37,9 @@ def main(args: Namespace) -> None:
         args.max_gen_len = max(args.max_seq_len // 2, 1)
     sampling = cli.sampling(args)
     folder, tokenizer = cli.find_model(args.ckpt_dir, args.tokenizer_path)
-    cli.set_threads(args.threads, folder)
+    max_threads = cli.set_threads(args.threads, folder)
     model = llama.load(folder, tokenizer, args.max_seq_len, 1, args.quantize)
+    model.max_threads = max_threads
     if args.verbose:
         cli.report(model)
     style = args.style or model.chat_style
@@ -90,7 +91,7 @@ def answer(chat: llama.Chat, message: str) -> None:
             raise
         print(" ^C", end="")
     print(flush=True)
-    terminal.notice(cli.params_to_flags(chat.status()) + cli.contention())
+    terminal.notice(cli.params_to_flags(chat.status()) + cli.contention(chat.llama))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ def main(args: Namespace) -> None:
 
     begin = time.perf_counter()
     folder, tokenizer = cli.find_model(args.ckpt_dir, args.tokenizer_path)
-    cli.set_threads(args.threads, folder)
+    max_threads = cli.set_threads(args.threads, folder)
     model = llama.load(folder, tokenizer, args.max_seq_len, args.max_batch_size, args.quantize)
+    model.max_threads = max_threads
     load_seconds = time.perf_counter() - begin
     if args.verbose:
         cli.report(model)

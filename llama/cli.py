@@ -20,7 +20,7 @@ from .checkpoint import SCHEMES, find_files, found_in, nearest_tokenizer
 from .errors import UserError, check
 from .generation import LLaMA
 from .sampling import Sampling
-from .system import available_cpus, busy_cores, peak_memory
+from .system import available_cpus, peak_memory
 from .terminal import notice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,15 +221,19 @@ def sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
 
-def set_threads(threads: int | None, folder: Path) -> None:
-    """Use `threads` threads, or one for a small model, or as many as this process has cores."""
+def set_threads(threads: int | None, folder: Path) -> int | None:
+    """Use `threads` threads, or one for a small model, or as many as this process has cores.
+
+    Returns:
+        Their number, for `LLaMA.max_threads`; None if the user has set it.
+    """
     cores = psutil.cpu_count()
-    good = threads is None or 0 < threads <= cores
-    check(good, "threads", f"1 to {cores}, the number of cores", threads)
-    busy_cores()  # the interval that `contention` reports begins here
+    check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores} (cores)", threads)
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
-    limit = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else available_cpus()
-    torch.set_num_threads(threads or (1 if is_small else min(torch.get_num_threads(), limit)))
+    by_user = threads is not None or "OMP_NUM_THREADS" in os.environ
+    limit = 1 if is_small else cores if by_user else available_cpus()
+    torch.set_num_threads(threads or min(torch.get_num_threads(), limit))
+    return None if by_user else torch.get_num_threads()
 
 
 def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path]:
@@ -288,13 +292,9 @@ def report_timings(llama: LLaMA, load_seconds: float) -> None:
     """Print a line about speed and memory to stderr."""
     peak = peak_memory() / 1e9
     text = f"loaded in {load_seconds:.1f} s, {llama.timings}, peak memory {peak:.2f} GB"
-    notice(params_to_flags(text) + contention())
+    notice(params_to_flags(text) + contention(llama))
 
 
-def contention() -> str:
-    """Says that other programs took cores from this one, if they did since the last call."""
-    busy, cores, n_threads = busy_cores(), psutil.cpu_count(), torch.get_num_threads()
-    if n_threads == 1 or busy + n_threads < cores + 0.5 or torch.distributed.is_initialized():
-        return ""
-    better = max(round(cores - busy), 1)
-    return f", other programs use {busy:.1f} of {cores} cores: --threads {better} may be faster"
+def contention(llama: LLaMA) -> str:
+    now, most = torch.get_num_threads(), llama.max_threads
+    return f", {now} of {most} threads: other programs are busy" if most and now < most else ""

@@ -11,6 +11,7 @@ import psutil
 
 ROOT = Path("/")
 PROCESS = psutil.Process()
+PROCESS.cpu_percent()  # begins the first interval of `free_cores`
 WORKING_MEMORY = 3 * 10**8  # bytes for activations and PyTorch itself
 
 
@@ -73,10 +74,12 @@ def available_cpus(root: Path = ROOT) -> int:
     return cores
 
 
-def busy_cores() -> float:
-    """Cores that other programs have used, on average since the last call.
+def free_cores() -> int:
+    """Cores that other programs have left, on average since the last call; at least one.
 
-    The first result is meaningless.
+    Beside as many threads as there are cores, a program that wants a whole core gets half of one.
     """
     times = psutil.cpu_times_percent()  # of all cores together
-    return ((times.user + times.system) * psutil.cpu_count() - PROCESS.cpu_percent()) / 100
+    cores = psutil.cpu_count()
+    busy = ((times.user + times.system) * cores - PROCESS.cpu_percent()) / 100
+    return max(int(cores - busy + 0.35), 1)

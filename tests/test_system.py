@@ -1,6 +1,8 @@
 """What the system lets this process have: memory, threads, a container's limits."""
 
+import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +10,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import PARAMS, TOKENIZER, python, random_weights
+from conftest import DEMO, PARAMS, TOKENIZER, load, python, random_weights
 
 import llama
 from llama.cli import set_threads
-from llama.system import available_cpus, available_memory, busy_cores
+from llama.system import available_cpus, available_memory, free_cores
 
 
 @pytest.fixture
@@ -69,16 +71,33 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
     found = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", found.append)
-    set_threads(flag, tmp_path)
+    assert set_threads(flag, tmp_path) == (None if flag else 2)
     assert found == [expected]
 
 
-def test_cores_of_other_programs_are_all_but_our_own(monkeypatch):
-    times = SimpleNamespace(user=60.0, system=15.0, nice=5.0, idle=20.0)
+@pytest.mark.parametrize(("user", "own", "expected"), [(60, 180, 3), (60, 300, 4), (85, 0, 1)])
+def test_cores_are_free_that_other_programs_do_not_use(user, own, expected, monkeypatch):
+    times = SimpleNamespace(user=user, system=15.0, nice=5.0, idle=80.0 - user)
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda: times)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: 180.0)
-    assert busy_cores() == pytest.approx(1.2)
+    monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: own)
+    assert free_cores() == expected
+
+
+@pytest.mark.parametrize(("n_busy", "expected"), [(0, 3), (1, 2), (3, 1)])
+def test_threads_leave_cores_to_other_programs(n_busy, expected, monkeypatch):
+    model, found, seconds = load(DEMO), [], itertools.count()
+    times = SimpleNamespace(user=100 * n_busy / 3, system=0)
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda: times)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 3)
+    monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: 0)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    model.generate("Once", max_gen_len=8)
+    assert not found
+    model.max_threads = 3
+    model.generate("Once", max_gen_len=8)
+    assert set(found) == {expected}
 
 
 @pytest.mark.parametrize(
