@@ -1,5 +1,6 @@
 """From prompts to text: prefill and the decoding loop."""
 
+import math
 import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -201,7 +202,7 @@ class LLaMA:
         it has `uniforms`, or when it is max_seq_len tokens long.
         """
         timings, limit = self.timings, self.model.args.max_seq_len
-        begin = checked = time.perf_counter()
+        begin, checked = time.perf_counter(), -math.inf
         sequences = [sequence for sequence in sequences if len(sequence.uniforms)]
         ends = [len(sequence.tokens) + len(sequence.uniforms) for sequence in sequences]
         for sequence in sequences:
