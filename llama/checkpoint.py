@@ -270,8 +270,10 @@ def build(
             if isinstance(module, nn.Linear):
                 weight = read(f"{path}.weight", module.weight.dtype)
                 model.set_submodule(path, fast_linear(weight))
-        state = {n: read(n, t.dtype) for n, t in model.state_dict().items() if t.is_meta}
-        model.load_state_dict(state, strict=False, assign=True)
+        missing = {n: t.dtype for n, t in model.state_dict().items() if t.is_meta}
+        # Only the model may hold the tensors: `prepare_model` replaces them one by one.
+        state = ((name, read(name, dtype)) for name, dtype in missing.items())
+        model.load_state_dict(dict(state), strict=False, assign=True)
     if torch.distributed.is_initialized():
         from .parallel import parallelize, split_corrections
 

@@ -35,30 +35,18 @@ MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "tokenizer_path": (str, None, "tokenizer.model (default: ckpt_dir, its parent, ./tokenizer)"),
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
-    "temperature": (
-        float,
-        Sampling.temperature,
-        "0: the most probable token each time; higher: more surprising",
-    ),
+    "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
     "top_p": (
         float,
         Sampling.top_p,
-        "draw from the most probable tokens that together have this probability",
+        "draw from the top tokens that together have this probability",
     ),
     "top_k": (int, None, "draw only from this many most probable tokens"),
-    "repetition_penalty": (
-        float,
-        Sampling.repetition_penalty,
-        "above 1: tokens that already occurred are less probable",
-    ),
-    "seed": (int, None, "the same seed gives the same text on the same machine"),
-    "prompt_lookup": (
-        int,
-        Sampling.prompt_lookup,
-        "most tokens to draft from the context for each pass; 0: none",
-    ),
+    "repetition_penalty": (float, Sampling.repetition_penalty, "above 1: fewer repetitions"),
+    "seed": (int, None, "the same seed and --threads give the same text on one machine"),
+    "prompt_lookup": (int, Sampling.prompt_lookup, "most tokens to draft for each pass; 0: none"),
     "max_seq_len": (int, 512, "context: tokens of prompt and reply together"),
-    "threads": (int, None, "threads (default: one for each core, or one for models below 16 MB)"),
+    "threads": (int, None, "threads (default: the cores that other programs leave; 1 below 16 MB)"),
     "verbose": (bool, False, "report the model's size and the number of threads"),
 }
 
@@ -230,10 +218,10 @@ def set_threads(threads: int | None, folder: Path) -> int | None:
     cores = psutil.cpu_count()
     check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores} (cores)", threads)
     is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
-    by_user = threads is not None or "OMP_NUM_THREADS" in os.environ
-    limit = 1 if is_small else cores if by_user else available_cpus()
+    is_fixed = threads is not None or "OMP_NUM_THREADS" in os.environ
+    limit = 1 if is_small else cores if is_fixed else available_cpus()
     torch.set_num_threads(threads or min(torch.get_num_threads(), limit))
-    return None if by_user else torch.get_num_threads()
+    return None if is_fixed else torch.get_num_threads()
 
 
 def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path]:
@@ -278,7 +266,7 @@ def read_stdin() -> str:
     """The text on stdin, without a byte order mark and the last newline."""
     text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
     if not text:
-        raise UserError("stdin is empty, and - reads the prompt from it")
+        raise UserError("stdin is empty, or - is given twice: it stands for all of stdin")
     return text
 
 
@@ -296,5 +284,6 @@ def report_timings(llama: LLaMA, load_seconds: float) -> None:
 
 
 def contention(llama: LLaMA) -> str:
+    """Says that other programs have taken cores from this one, if they have."""
     now, most = torch.get_num_threads(), llama.max_threads
     return f", {now} of {most} threads: other programs are busy" if most and now < most else ""

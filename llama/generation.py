@@ -30,7 +30,7 @@ class SequenceState:
     Attributes:
         uniforms: A random number from 0 to 1 for each token that may still be drawn, fp64. A token
             always gets the same one, so batching and prompt lookup change the text only where they
-            change the rounding of a probability: not in fp32, often in int8 and int4.
+            change the rounding of a probability: rarely in fp32, often in int8 and int4.
     """
 
     tokens: list[int]
@@ -86,11 +86,11 @@ class LLaMA:
 
     Attributes:
         timings: Speed of the last `generate` or `stream`.
-        weight_bytes: Memory that the weights take.
-        max_threads: If set, the number of threads becomes, each second, that of the cores that
-            other programs leave, at most this. All threads wait for one that has no core: beside
-            one busy program, one thread decodes 11 tokens/s and two 5 (int8, 953M parameters, two
-            cores). In int8 and int4 their number may change how a prompt is rounded.
+        weight_bytes: Memory that the weights take, under torchrun those of this rank.
+        max_threads: If set, forward passes use as many threads as other programs leave cores, at
+            most this number; they are counted once a second. All threads wait for one that has no
+            core: beside one busy program, one thread decodes 11 tokens/s and two 5 (int8, 953M
+            parameters, two cores). Their number may change the rounding of int8 and int4.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_style: str = "dialog"):
@@ -99,6 +99,7 @@ class LLaMA:
         self.tokenizer = tokenizer
         self.timings = Timings()
         self.max_threads: int | None = None
+        self.cores_counted_at = -math.inf
         tensors = chain(model.parameters(), model.buffers())
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
@@ -120,12 +121,12 @@ class LLaMA:
         """Continue one or several prompts.
 
         Args:
-            prompts: Texts. They run in batches of max_batch_size, or of as many as fit in memory.
+            prompts: Texts, or token ids. They run in batches of max_batch_size, or of as many as fit in memory.
             max_gen_len, temperature, top_p, options: See `llama.Sampling`.
         Returns:
             Each prompt with its continuation.
         Raises:
-            UserError: A prompt is longer than the context, or an option is out of range.
+            UserError: A prompt fills the context, or an option is out of range.
             TypeError: An option is unknown.
         """
         sampling = Sampling(max_gen_len, temperature, top_p, **options)
@@ -173,7 +174,7 @@ class LLaMA:
         return self.tokenizer.decode_stream(chain(tokens, new))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a prompt, with <s>. Raises UserError if it fills the sequence."""
+        """The ids of a prompt; a text gets <s>. Raises UserError if it fills the context."""
         limit, n_words = self.model.args.max_seq_len, self.tokenizer.n_words
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
@@ -202,7 +203,7 @@ class LLaMA:
         it has `uniforms`, or when it is max_seq_len tokens long.
         """
         timings, limit = self.timings, self.model.args.max_seq_len
-        begin, checked = time.perf_counter(), -math.inf
+        begin = time.perf_counter()
         sequences = [sequence for sequence in sequences if len(sequence.uniforms)]
         ends = [len(sequence.tokens) + len(sequence.uniforms) for sequence in sequences]
         for sequence in sequences:
@@ -222,9 +223,6 @@ class LLaMA:
                 timings.new_seconds += seconds
             yield new
             begin = time.perf_counter()
-            if self.max_threads and begin - checked > 1:
-                torch.set_num_threads(min(free_cores(), self.max_threads))
-                checked = begin
         for sequence, end in zip(sequences, ends):
             if len(sequence.tokens) >= limit:
                 timings.stopped_at = f"`max_seq_len={limit}`"
@@ -273,6 +271,10 @@ class LLaMA:
 
     def feed(self, sequences: Sequence[SequenceState], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Add a chunk of tokens to each sequence's cache; returns their hidden states."""
+        now = time.monotonic()
+        if self.max_threads and now - self.cores_counted_at > 1:
+            torch.set_num_threads(min(free_cores(), self.max_threads))
+            self.cores_counted_at = now
         pairs = zip(sequences, chunks)
         segments = [Segment(c.n_cached, len(chunk), c.cache) for c, chunk in pairs]
         return self.model.hidden(torch.tensor([*chain.from_iterable(chunks)]), segments)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +93,14 @@ def write_merged(
     if output_dir.suffix == ".pth" or output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
     state, produce = quantized(source, quantize) if quantize else converted(source, dtype)
+    is_new = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     target = output_dir / "merged.pth"
     needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
     with ExitStack() as stack:
-        # The stack ends in reverse: merged.pth is renamed last.
+        # The stack ends in reverse: merged.pth is renamed last, an empty new folder is removed.
+        if is_new:
+            stack.callback(remove_if_empty, output_dir)
         partial = stack.enter_context(atomic_write(target, overwrite))
         for name, content in source.files.items():
             path = output_dir / name
@@ -109,6 +112,11 @@ def write_merged(
         if overwrite and source.files:  # old weights are never beside new params.json
             target.unlink(missing_ok=True)
     return target
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

@@ -75,11 +75,16 @@ def available_cpus(root: Path = ROOT) -> int:
 
 
 def free_cores() -> int:
-    """Cores that other programs have left, on average since the last call; at least one.
+    """Of this process's cores, those that others have left since the last call; at least one.
 
-    Beside as many threads as there are cores, a program that wants a whole core gets half of one.
+    Programs of a lower priority (nice) do not count.
     """
-    times = psutil.cpu_times_percent()  # of all cores together
-    cores = psutil.cpu_count()
-    busy = ((times.user + times.system) * cores - PROCESS.cpu_percent()) / 100
-    return max(int(cores - busy + 0.35), 1)
+    times = dict(enumerate(psutil.cpu_times_percent(percpu=True)))
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = affinity(0) & times.keys() if affinity else times
+    busy = sum(times[n].user + times[n].system for n in cores) - PROCESS.cpu_percent()
+    if PROCESS.nice() > 0:  # Linux counts this process's own time as nice, too
+        busy += sum(getattr(times[n], "nice", 0) for n in cores)
+    # Up to 0.35 of a core is noise. More is a program that wants a whole core: beside as many
+    # threads as cores it gets half of one.
+    return max(int(len(cores) - busy / 100 + 0.35), 1)

@@ -44,7 +44,7 @@ WEIGHTS = {  # norms are not here: they are whole in every shard
     "w3": WeightSpec(0, HIDDEN),
     "output": WeightSpec(0, OUTPUTS),
 }
-# Tensor of a layer: its dimensions of (out_features, in_features).
+# For each tensor of a layer: its dimension of out_features, and that of in_features.
 TENSOR_DIMS = {
     "weight": (0, 1),
     "scales": (0, None),

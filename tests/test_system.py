@@ -75,23 +75,35 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
     assert found == [expected]
 
 
-@pytest.mark.parametrize(("user", "own", "expected"), [(60, 180, 3), (60, 300, 4), (85, 0, 1)])
-def test_cores_are_free_that_other_programs_do_not_use(user, own, expected, monkeypatch):
-    times = SimpleNamespace(user=user, system=15.0, nice=5.0, idle=80.0 - user)
-    monkeypatch.setattr(psutil, "cpu_times_percent", lambda: times)
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+@pytest.mark.parametrize(
+    ("user", "own", "niceness", "affinity", "expected"),
+    [
+        (60, 180, 0, 4, 3),
+        (60, 300, 0, 4, 4),
+        (85, 0, 0, 4, 1),
+        (60, 180, 10, 4, 2),
+        (60, 60, 0, 2, 1),
+    ],
+)
+def test_cores_are_free_that_other_programs_do_not_use(
+    user, own, niceness, affinity, expected, monkeypatch
+):
+    times = SimpleNamespace(user=user, system=15.0, nice=20.0)
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda percpu: [times] * 4)
     monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: own)
+    monkeypatch.setattr(psutil.Process, "nice", lambda self: niceness)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
     assert free_cores() == expected
 
 
 @pytest.mark.parametrize(("n_busy", "expected"), [(0, 3), (1, 2), (3, 1)])
 def test_threads_leave_cores_to_other_programs(n_busy, expected, monkeypatch):
-    model, found, seconds = load(DEMO), [], itertools.count()
-    times = SimpleNamespace(user=100 * n_busy / 3, system=0)
-    monkeypatch.setattr(psutil, "cpu_times_percent", lambda: times)
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 3)
+    model, found, seconds = load(DEMO), [], itertools.count(step=2)
+    times = [SimpleNamespace(user=100 * (n < n_busy), system=0) for n in range(3)]
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda percpu: times)
     monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: 0)
-    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     model.generate("Once", max_gen_len=8)
     assert not found

@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
     Subclasses hold Q, and define quantize_weight, prepare_weight, multiply (fp32 x Q^T for fp32 x)
     and blocks (Q in fp32, some rows at a time).
 
-    Buffers:
+    Buffers, before `prepare`:
         directions: U, bf16 (n_directions, in_features).
         corrections: C^T, bf16 (n_directions, out_features).
     """
@@ -105,7 +105,7 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
 class Int8Linear(QuantizedLinear):
     """Symmetric, one scale for each output: Q[i] = scales[i] * weight[i].
 
-    Buffers:
+    Buffers, before `prepare`:
         weight: int8 (out_features, in_features).
         scales: fp32 (out_features,).
     """
@@ -150,7 +150,7 @@ class Int4Linear(QuantizedLinear):
 
     `zero` is the value that q = 8 stands for, as PyTorch's 4-bit operator expects, not an integer.
 
-    Buffers:
+    Buffers, before `prepare`:
         weight: uint8 (out_features, in_features / 2). Two neighbours share a byte, the first is in
             the low half.
         groups: scale and zero, bf16 (in_features / group_size, out_features, 2).
@@ -249,36 +249,36 @@ def swap_modules(model: nn.Module, scheme: str) -> None:
             model.set_submodule(path, cls(*module.weight.shape))
 
 
-class FusedPart(nn.Module):
-    """Some outputs of a layer that fuses several matrices with one input.
+class FusedSlice(nn.Module):
+    """One of the projections (wq, wk, wv or w1, w3) that a fused layer computes together.
 
     One product instead of two or three: int8 decodes 1.07 times as fast (953M).
     """
 
-    # The last product, by its input. It lives as long as that; nothing may modify either.
+    # Input: output of the fused layer. An entry goes with its input. Modify neither in place.
     products = WeakTensorKeyDictionary()
 
-    def __init__(self, whole: QuantizedLinear, outputs: slice):
+    def __init__(self, fused: QuantizedLinear, outputs: slice):
         super().__init__()
-        self.whole, self.outputs = whole, outputs
+        self.fused, self.outputs = fused, outputs
 
     def forward(self, x: Tensor) -> Tensor:
         if x not in self.products:
-            self.products[x] = self.whole(x)
+            self.products[x] = self.fused(x)
         return self.products[x][:, self.outputs]
 
 
 def fuse(parent: nn.Module, names: Sequence[str]) -> None:
-    """Fuse quantized layers with one input, which have the same directions."""
+    """Concatenate quantized layers that have one input, and therefore equal directions."""
     layers = [getattr(parent, name) for name in names]
     ends = [*itertools.accumulate(layer.shape[0] for layer in layers)]
-    whole = layers[0]
-    for buffer in whole.state_dict():
+    fused = layers[0]
+    for buffer in fused.state_dict():
         dim, _ = TENSOR_DIMS[buffer]
         if dim is not None:
-            setattr(whole, buffer, torch.cat([getattr(layer, buffer) for layer in layers], dim))
+            setattr(fused, buffer, torch.cat([getattr(layer, buffer) for layer in layers], dim))
     for name, start, end in zip(names, [0, *ends], ends):
-        setattr(parent, name, FusedPart(whole, slice(start, end)))
+        setattr(parent, name, FusedSlice(fused, slice(start, end)))
 
 
 def prepare_model(model: Transformer) -> None:
