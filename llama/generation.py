@@ -89,7 +89,7 @@ class LLaMA:
         weight_bytes: Memory that the weights take, under torchrun those of this rank.
         max_threads: If set, forward passes use as many threads as other programs leave cores, at
             most this number; they are counted once a second. All threads wait for one that has no
-            core: beside one busy program, one thread decodes 11 tokens/s and two 5 (int8, 953M
+            core: beside one busy program, one thread decodes 12 tokens/s and two 5 (int8, 953M
             parameters, two cores). Their number may change the rounding of int8 and int4.
     """
 
