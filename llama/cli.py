@@ -46,7 +46,7 @@ MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "seed": (int, None, "the same seed and --threads give the same text on one machine"),
     "prompt_lookup": (int, Sampling.prompt_lookup, "most tokens to draft for each pass; 0: none"),
     "max_seq_len": (int, 512, "context: tokens of prompt and reply together"),
-    "threads": (int, None, "threads (default: the cores that other programs leave; 1 below 16 MB)"),
+    "threads": (int, None, "threads (default: one for each free core; one for models below 16 MB)"),
     "verbose": (bool, False, "report the model's size and the number of threads"),
 }
 
@@ -233,7 +233,7 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
     if ckpt_dir is None and folder == DEMO:
         found = found_in(Path("model"))
-        notice(f"no weights in ./model{found}: running the demo model, {folder}")
+        notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 
@@ -266,7 +266,7 @@ def read_stdin() -> str:
     """The text on stdin, without a byte order mark and the last newline."""
     text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
     if not text:
-        raise UserError("stdin is empty, or - is given twice: it stands for all of stdin")
+        raise UserError("stdin is empty: - reads the prompt from it, once")
     return text
 
 
