@@ -82,9 +82,12 @@ def free_cores() -> int:
     times = dict(enumerate(psutil.cpu_times_percent(percpu=True)))
     affinity = getattr(os, "sched_getaffinity", None)
     cores = affinity(0) & times.keys() if affinity else times
-    busy = sum(times[n].user + times[n].system for n in cores) - PROCESS.cpu_percent()
-    if PROCESS.nice() > 0:  # Linux counts this process's own time as nice, too
-        busy += sum(getattr(times[n], "nice", 0) for n in cores)
+    busy = -PROCESS.cpu_percent() / 100
+    for core in (times[n] for n in cores):
+        # Linux counts a niced process's own time as nice, too.
+        nice = getattr(core, "nice", 0) if PROCESS.nice() > 0 else 0
+        # In less than a second psutil's percentages do not add up to 100.
+        busy += (core.user + core.system + nice) / (sum(core) or 1)
     # Up to 0.35 of a core is noise. More is a program that wants a whole core: beside as many
     # threads as cores it gets half of one.
-    return max(int(len(cores) - busy / 100 + 0.35), 1)
+    return max(int(len(cores) - busy + 0.35), 1)

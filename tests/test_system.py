@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from conftest import DEMO, PARAMS, TOKENIZER, load, python, random_weights
 import llama
 from llama.cli import set_threads
 from llama.system import available_cpus, available_memory, free_cores
+
+CpuTimes = namedtuple("CpuTimes", "user system nice idle")
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
 def test_cores_are_free_that_other_programs_do_not_use(
     user, own, niceness, affinity, expected, monkeypatch
 ):
-    times = SimpleNamespace(user=user, system=15.0, nice=20.0)
+    times = CpuTimes(user=user / 2, system=7.5, nice=10.0, idle=32.5 - user / 2)  # of half a second
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda percpu: [times] * 4)
     monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: own)
     monkeypatch.setattr(psutil.Process, "nice", lambda self: niceness)
@@ -99,7 +102,7 @@ def test_cores_are_free_that_other_programs_do_not_use(
 @pytest.mark.parametrize(("n_busy", "expected"), [(0, 3), (1, 2), (3, 1)])
 def test_threads_leave_cores_to_other_programs(n_busy, expected, monkeypatch):
     model, found, seconds = load(DEMO), [], itertools.count(step=2)
-    times = [SimpleNamespace(user=100 * (n < n_busy), system=0) for n in range(3)]
+    times = [CpuTimes(100, 0, 0, 0) if n < n_busy else CpuTimes(0, 0, 0, 100) for n in range(3)]
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda percpu: times)
     monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
