@@ -270,10 +270,9 @@ def build(
             if isinstance(module, nn.Linear):
                 weight = read(f"{path}.weight", module.weight.dtype)
                 model.set_submodule(path, fast_linear(weight))
-        missing = {n: t.dtype for n, t in model.state_dict().items() if t.is_meta}
-        # Only the model may hold the tensors: `prepare_model` replaces them one by one.
-        state = ((name, read(name, dtype)) for name, dtype in missing.items())
-        model.load_state_dict(dict(state), strict=False, assign=True)
+        rest = {n: t.dtype for n, t in model.state_dict().items() if t.is_meta}
+        # A dict without a name: only the model may hold what `prepare_model` replaces.
+        model.load_state_dict({n: read(n, d) for n, d in rest.items()}, strict=False, assign=True)
     if torch.distributed.is_initialized():
         from .parallel import parallelize, split_corrections
 

@@ -59,10 +59,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def affinity() -> set[int] | None:
+    """The cores that this process may run on; None if the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
 def available_cpus(root: Path = ROOT) -> int:
     """Cores that this process may use: by its affinity and by the container's CPU quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else psutil.cpu_count(logical=False) or 1
+    cores = len(affinity() or ()) or psutil.cpu_count(logical=False) or 1
     for folder in cgroup_folders("cpu", root):
         quota = read_number(folder / "cpu.cfs_quota_us")
         period = read_number(folder / "cpu.cfs_period_us")
@@ -79,15 +83,16 @@ def free_cores() -> int:
 
     Programs of a lower priority (nice) do not count.
     """
-    times = dict(enumerate(psutil.cpu_times_percent(percpu=True)))
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = affinity(0) & times.keys() if affinity else times
+    own = affinity()
+    times = enumerate(psutil.cpu_times_percent(percpu=True))
+    cores = [core for number, core in times if own is None or number in own]
+    kinds = ["user", "system"]
+    if PROCESS.nice() > 0:  # Linux counts this process's own time as nice, too
+        kinds.append("nice")
     busy = -PROCESS.cpu_percent() / 100
-    for core in (times[n] for n in cores):
-        # Linux counts a niced process's own time as nice, too.
-        nice = getattr(core, "nice", 0) if PROCESS.nice() > 0 else 0
+    for core in cores:
         # In less than a second psutil's percentages do not add up to 100.
-        busy += (core.user + core.system + nice) / (sum(core) or 1)
+        busy += sum(getattr(core, kind, 0) for kind in kinds) / (sum(core) or 1)
     # Up to 0.35 of a core is noise. More is a program that wants a whole core: beside as many
     # threads as cores it gets half of one.
     return max(int(len(cores) - busy + 0.35), 1)

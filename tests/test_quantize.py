@@ -120,6 +120,13 @@ def test_quantizing_while_merging_or_from_shards_is_the_same(
     assert torch.equal(load(stored).model(TOKENS, 0), expected)
 
 
+def test_layers_with_one_input_do_not_share_their_products(stored):
+    first, second = (layer.attention for layer in load(stored).model.layers[:2])
+    x = normal(1, PARAMS["dim"])
+    assert not torch.equal(first.wq(x), second.wq(x))
+    assert torch.equal(second.wq(x), second.wq(x.clone()))
+
+
 def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme):
     """Other buffers are another format, which needs another number."""
     int8 = {"weight": torch.int8, "scales": torch.float32}

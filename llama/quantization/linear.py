@@ -255,30 +255,30 @@ class FusedSlice(nn.Module):
     One product instead of two or three: int8 decodes 1.07 times as fast (953M).
     """
 
-    # Input: output of the fused layer. An entry goes with its input. Modify neither in place.
-    products = WeakTensorKeyDictionary()
-
-    def __init__(self, fused: QuantizedLinear, outputs: slice):
+    def __init__(self, fused: QuantizedLinear, outputs: slice, products: WeakTensorKeyDictionary):
         super().__init__()
         self.fused, self.outputs = fused, outputs
+        # The fused layer's output by its input, with which it goes. Modify neither in place.
+        self.products = products
 
     def forward(self, x: Tensor) -> Tensor:
-        if x not in self.products:
-            self.products[x] = self.fused(x)
-        return self.products[x][:, self.outputs]
+        product = self.products.get(x)
+        if product is None:
+            product = self.products[x] = self.fused(x)
+        return product[:, self.outputs]
 
 
 def fuse(parent: nn.Module, names: Sequence[str]) -> None:
     """Concatenate quantized layers that have one input, and therefore equal directions."""
     layers = [getattr(parent, name) for name in names]
     ends = [*itertools.accumulate(layer.shape[0] for layer in layers)]
-    fused = layers[0]
+    fused, products = layers[0], WeakTensorKeyDictionary()
     for buffer in fused.state_dict():
         dim, _ = TENSOR_DIMS[buffer]
         if dim is not None:
             setattr(fused, buffer, torch.cat([getattr(layer, buffer) for layer in layers], dim))
     for name, start, end in zip(names, [0, *ends], ends):
-        setattr(parent, name, FusedSlice(fused, slice(start, end)))
+        setattr(parent, name, FusedSlice(fused, slice(start, end), products))
 
 
 def prepare_model(model: Transformer) -> None:
