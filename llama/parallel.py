@@ -198,8 +198,8 @@ def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over the ranks: small tensors by the sockets, others by gloo.
 
     gloo receives on a thread of its own, which waits for a core if all cores compute. With its
-    isend and irecv the 33 exchanges of a token took 49 ms (two ranks, Intel), so 9.3 tokens/s in
-    int8; with the sockets it is 14.5, in one process 16.4.
+    isend and irecv the 33 exchanges of an int8 token took 49 ms (953M parameters, two ranks). With
+    the sockets the whole token takes 62, in one process 60.
     """
     x = x.contiguous()
     if x.nbytes > SMALL:
