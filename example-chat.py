@@ -4,7 +4,7 @@ Each line of input is a message; the replies go to stdout, all else to stderr.
 
 Examples:
   python example-chat.py
-  python example-chat.py --ckpt_dir model/TinyLlama --quantize int8 --style zephyr
+  python example-chat.py --ckpt_dir model/TinyLlama --quantize int8
 """
 
 from argparse import Namespace
@@ -17,7 +17,7 @@ from llama.errors import check
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
 FLAGS = {
-    "style": (tuple(STYLES), None, "prompt format (default: the converted folder's, or dialog)"),
+    "style": (tuple(STYLES), None, "prompt format (default: the model's own, or dialog)"),
     "system": (str, None, "system prompt (default: the style's)"),
     "max_gen_len": (int, None, "longest reply, in tokens (default: half of the context)"),
     **cli.MODEL_FLAGS,

@@ -1,10 +1,10 @@
 """Merge INPUT_DIR/MODEL_SIZE/consolidated.*.pth into OUTPUT_DIR/merged.pth.
 
-A Hugging Face folder (config.json, tokenizer.model and weights) is converted to Meta's format.
+A Hugging Face folder (config.json, tokenizer.model and weights) is written in Meta's format.
 
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
-  python merge-weights.py --input_dir TinyLlama --output_dir model/TinyLlama
+  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama-int8 --quantize int8
   python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
 """
 

@@ -27,9 +27,9 @@ try:
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
         sys.exit(f"error: this is PyTorch {torch.__version__}: pip install 'torch>=2.13,<3'")
     from .chat import STYLES, Chat
-    from .checkpoint import load
     from .errors import UserError
     from .generation import LLaMA
+    from .loading import load
     from .model import ModelArgs, Transformer
     from .sampling import Sampling
     from .tokenizer import Tokenizer

@@ -1,27 +1,39 @@
-"""Loading a checkpoint: find its files, check them, build the model with its final weights."""
+"""A checkpoint on the disk: its files are found, opened and checked against one another."""
 
 import os
-import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from .errors import UserError, check
-from .generation import LLaMA
-from .linear import fast_linear
+from .errors import UserError
 from .model import ModelArgs, Transformer
-from .params import LARGEST, read_params, to_model_args
-from .system import WORKING_MEMORY, available_memory
+from .params import read_params, to_model_args
 from .tokenizer import Tokenizer
-from .weights import FORMAT, Weight, open_checkpoint, quantization_of
+from .weights import FORMAT, Weight, open_shards, quantization_of
 
 VERSION = 3  # of the format of quantized checkpoints
 SCHEMES = ("int8", "int4")
+
+
+class Checkpoint(NamedTuple):
+    """The files of a model, opened and checked.
+
+    Attributes:
+        weights: Under Meta's names.
+        params: The keys of params.json.
+        args: The model's shape. None: there is no params.json.
+        tokenizer: None if there is none, which only a merge allows.
+        files: The contents of files that belong beside merged.pth, by their names.
+    """
+
+    weights: dict[str, Weight]
+    params: dict[str, Any]
+    args: ModelArgs | None
+    tokenizer: Tokenizer | None
+    files: dict[str, bytes]
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -32,6 +44,15 @@ def find_files(folder: Path) -> list[Path]:
 
 def find_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("consolidated.[0-9][0-9].pth"))
+
+
+def is_huggingface(folder: Path) -> bool:
+    """True if the weights are in Hugging Face's format and not, or not also, in Meta's."""
+    return (folder / "config.json").exists() and not find_files(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    return bool(find_files(folder)) or is_huggingface(folder)
 
 
 def nearest_tokenizer(folder: Path) -> Path:
@@ -55,13 +76,8 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
     if not folder.exists():
         raise UserError(f"there is no directory {folder}{found_in(folder.parent)}: {remedy}")
     if not paths:
-        if (folder / "config.json").exists():
-            command = (
-                f"python merge-weights.py --input_dir {folder} --output_dir model/{folder.name}"
-            )
-            remedy = f"convert it first: {command}"
-        elif [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-            remedy = "to convert its weights, download config.json and tokenizer.model too"
+        if [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+            remedy = "download config.json and tokenizer.model too"
         missing = f"consolidated.*.pth and no merged.pth{found_in(folder)}"
         raise UserError(f"{folder} has no {missing}: {remedy}")
     for number, path in enumerate(paths):
@@ -73,9 +89,31 @@ def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
 def found_in(folder: Path) -> str:
     """The subfolders that contain weights, for errors."""
     paths = folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ()
-    names = (path.name for path in paths if os.access(path, os.X_OK) and find_files(path))
+    names = (path.name for path in paths if os.access(path, os.X_OK) and has_weights(path))
     found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
     return f" (found: {', '.join(found)})" if found else ""
+
+
+def open_meta(folder: Path, paths: list[Path], tokenizer_path: str | Path | None) -> Checkpoint:
+    """Open a model in Meta's format.
+
+    Args:
+        folder: The directory of params.json.
+        paths: merged.pth or all shards.
+        tokenizer_path: Default: tokenizer.model in the folder or beside it.
+    """
+    weights = open_shards(paths)
+    check_version(weights, folder)
+    params = read_params(folder / "params.json")
+    path, tokenizer = Path(tokenizer_path or nearest_tokenizer(folder)), None
+    if path.exists():
+        tokenizer = open_tokenizer(path, params)
+    args = model_args(params, weights, tokenizer, folder)
+    return Checkpoint(weights, params, args, tokenizer, {})
+
+
+def open_tokenizer(path: str | Path, params: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(path, params.get("added_tokens"), params.get("eos_token_id", ()))
 
 
 def model_args(
@@ -90,12 +128,6 @@ def model_args(
         raise UserError(
             f"{folder}: vocab_size is {args.vocab_size}, and the tokenizer has "
             f"{tokenizer.n_words} tokens: it belongs to another model"
-        )
-    layers = {int(m[1]) for name in weights if (m := re.match(r"layers\.(\d{1,4})\.", name))}
-    if layers and len(layers) != args.n_layers:
-        raise UserError(
-            f"{folder}: params.json says n_layers {args.n_layers}, and the weights have "
-            f"{len(layers)} layers: they are of different models"
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
     expected = model.state_dict()
@@ -144,143 +176,3 @@ def empty_model(args: ModelArgs, scheme: str | None, whole: bool = False) -> Tra
 
             shard_model(model)
     return model
-
-
-def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | None) -> None:
-    """Refuse a model that does not fit in memory, and name the parameters with which it would."""
-    free, default, stored = available_memory(), torch.get_default_dtype(), quantization_of(weights)
-
-    def need(dtype: torch.dtype, scheme: str | None, length: int) -> int:
-        torch.set_default_dtype(dtype)
-        model = empty_model(replace(args, max_seq_len=1), scheme or stored)
-        torch.set_default_dtype(default)
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
-        # Quantizing holds one matrix as it is in the file, before there is a cache.
-        largest = max(w.shape.numel() * w.dtype.itemsize for w in weights.values())
-        return size + max(model.cache_bytes(length), largest if scheme else 0) + WORKING_MEMORY
-
-    needed = need(default, quantize, args.max_seq_len)
-    if needed <= free:
-        return
-    smaller = {
-        "`dtype=bfloat16`": (torch.bfloat16, quantize),
-        "`quantize=int8`": (default, "int8"),
-        "`quantize=int4`": (default, "int4"),
-    }
-    choices = {} if stored else smaller
-    fits = [name for name, c in choices.items() if need(*c, args.max_seq_len) <= free]
-    lengths = [args.max_seq_len >> n for n in range(1, args.max_seq_len.bit_length() - 5)]
-    fitting = (n for n in lengths if need(default, quantize, n) <= free)
-    fits += [f"`max_seq_len={n}`" for n in fitting][:1]
-    remedy = "use " + " or ".join(fits) if fits else "close programs, or use a smaller model"
-    raise UserError(
-        f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: "
-        f"{remedy}"
-    )
-
-
-def load(
-    ckpt_dir: str | Path,
-    tokenizer_path: str | Path | None = None,
-    max_seq_len: int = 512,
-    max_batch_size: int = 32,
-    quantize: str | None = None,
-) -> LLaMA:
-    """Load a model and its tokenizer. Weights and activations have torch's default dtype.
-
-    Under torchrun every rank loads its part.
-
-    Args:
-        ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth.
-        tokenizer_path: A sentencepiece model. Default: tokenizer.model in ckpt_dir or, as in Meta's
-            download, beside it.
-        max_seq_len: Tokens of context, prompt and continuation together.
-        max_batch_size: Maximum number of prompts in a batch.
-        quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: as they are stored.
-    Returns:
-        The model, ready for `generate` and `stream`.
-    Raises:
-        UserError: A file is missing, damaged or of another model, or there is too little memory.
-    """
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        good = type(value) is int and 0 < value <= LARGEST
-        check(good, name, f"an integer from 1 to {LARGEST}", value)
-    check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
-    folder = Path(ckpt_dir)
-    paths = check_files(folder, find_files(folder), "ckpt_dir")
-    params = read_params(folder / "params.json")
-    tokenizer = open_tokenizer(tokenizer_path or nearest_tokenizer(folder), params)
-    weights = open_checkpoint(paths)
-    check_version(weights, folder)
-    args = model_args(params, weights, tokenizer, folder)
-    args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    check_context(params, max_seq_len)
-    if quantize and quantization_of(weights):
-        raise UserError("the weights are quantized already: leave out `quantize`")
-    if torch.distributed.is_initialized():
-        from .parallel import shard_weights
-
-        weights = shard_weights(weights, args)
-    check_memory(weights, args, quantize)
-    model = build(args, weights, quantize, tokenizer)
-    return LLaMA(model, tokenizer, params.get("chat_style", "dialog"))
-
-
-def open_tokenizer(path: str | Path, params: dict[str, Any]) -> Tokenizer:
-    return Tokenizer(path, params.get("added_tokens"), params.get("eos_token_id", ()))
-
-
-def check_context(params: dict[str, Any], max_seq_len: int) -> None:
-    """Refuse or warn about a context that is longer than the model's."""
-    if max_seq_len > params.get("sliding_window", LARGEST):
-        raise UserError(
-            f"`max_seq_len` must be at most {params['sliding_window']}, the model's sliding_window"
-        )
-    if max_seq_len > (trained := params.get("max_position_embeddings", LARGEST)):
-        warnings.warn(
-            f"the model was trained on {trained} tokens of context, and `max_seq_len` is "
-            f"{max_seq_len}: expect nonsense beyond {trained}",
-            stacklevel=3,
-        )
-
-
-def build(
-    args: ModelArgs, weights: dict[str, Weight], quantize: str | None, tokenizer: Tokenizer
-) -> Transformer:
-    """The model with its weights, each read once and converted into its final form."""
-    scheme = quantize or quantization_of(weights)
-    model = empty_model(args, scheme)
-    total = sum(weight.shape.numel() for weight in weights.values())
-    options = {"unit": " weights", "unit_scale": True, "disable": None}
-    with tqdm(desc="loading", total=total, **options) as bar:
-
-        def read(name: str, dtype: torch.dtype) -> Tensor:
-            bar.update(weights[name].shape.numel())
-            return weights[name].read(dtype)
-
-        if quantize:
-            from .quantization.calibration import calibrate, calibration_tokens
-
-            def on_quantized(path: str, layer: nn.Module) -> None:
-                bar.update(weights[f"{path}.weight"].shape.numel())
-
-            tokens = calibration_tokens(tokenizer, args.vocab_size)
-            calibrate(model, weights, tokens, on_quantized)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                weight = read(f"{path}.weight", module.weight.dtype)
-                model.set_submodule(path, fast_linear(weight))
-        rest = {n: t.dtype for n, t in model.state_dict().items() if t.is_meta}
-        # A dict without a name: only the model may hold what `prepare_model` replaces.
-        model.load_state_dict({n: read(n, d) for n, d in rest.items()}, strict=False, assign=True)
-    if torch.distributed.is_initialized():
-        from .parallel import parallelize, split_corrections
-
-        if not quantize:
-            split_corrections(model)
-        parallelize(model)
-    if scheme:
-        from .quantization.linear import prepare_model
-
-        prepare_model(model)
-    return model.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from . import __version__
-from .checkpoint import SCHEMES, find_files, found_in, nearest_tokenizer
+from .checkpoint import SCHEMES, found_in, has_weights, is_huggingface, nearest_tokenizer
 from .errors import UserError, check
 from .generation import LLaMA
 from .sampling import Sampling
@@ -217,19 +217,19 @@ def set_threads(threads: int | None, folder: Path) -> int | None:
     """
     cores = psutil.cpu_count()
     check(threads is None or 0 < threads <= cores, "threads", f"1 to {cores} (cores)", threads)
-    is_small = sum(path.stat().st_size for path in find_files(folder)) < ONE_THREAD
+    is_small = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) < ONE_THREAD
     is_fixed = threads is not None or "OMP_NUM_THREADS" in os.environ
     limit = 1 if is_small else cores if is_fixed else available_cpus()
     torch.set_num_threads(threads or min(torch.get_num_threads(), limit))
     return None if is_fixed else torch.get_num_threads()
 
 
-def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path]:
+def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path | None]:
     """The directory of weights and the tokenizer that the flags name, or the defaults.
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
-    models = (f for f in (Path("model"), ROOT / "model") if find_files(f))
+    models = (f for f in (Path("model"), ROOT / "model") if has_weights(f))
     folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
     if ckpt_dir is None and folder == DEMO:
         found = found_in(Path("model"))
@@ -237,11 +237,11 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The weights' own tokenizer, or else that in ./tokenizer, here or beside the scripts."""
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer of Meta's weights, or else that in ./tokenizer, here or beside the scripts."""
     here = Path("tokenizer", "tokenizer.model")
-    places = (nearest_tokenizer(folder), here, ROOT / here)
-    return next((path for path in places if path.exists()), places[0])
+    places = () if is_huggingface(folder) else (nearest_tokenizer(folder), here, ROOT / here)
+    return next((path for path in places if path.exists()), None)
 
 
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder to Meta's format: config, names of weights, rows of q and k.
+"""Reads a Hugging Face folder as Meta's format: config, names of weights, rows of q and k.
 
 A folder has config.json, tokenizer.model, and weights as safetensors or as torch.save writes them.
 """
@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import describe, empty_model, model_args, open_tokenizer
+from .checkpoint import Checkpoint, describe, empty_model, model_args, open_tokenizer
 from .errors import UserError, check_file
-from .merge import Source
 from .params import check_params, read_json, to_model_args
 from .tokenizer import Tokenizer
 from .weights import UNUSED, Weight, check_tensor, read_tensors
@@ -56,20 +55,24 @@ CHAT_STYLES = {  # pattern in a chat template: its style; the first that matches
 }
 
 
-def open_folder(folder: Path) -> Source:
+def open_huggingface(folder: Path, tokenizer_path: str | Path | None) -> Checkpoint:
     """Open a Hugging Face folder under Meta's names.
 
+    Args:
+        tokenizer_path: Default: tokenizer.model in the folder.
     Raises:
         UserError: Names the field or file that is missing, damaged, or not LLaMA's architecture.
     """
-    path, tokenizer_path = folder / "config.json", folder / "tokenizer.model"
+    path = folder / "config.json"
+    tokenizer_path = Path(tokenizer_path or folder / "tokenizer.model")
     config = read_json(path)
     if not tokenizer_path.exists():
         raise UserError(
-            f"{folder} has no tokenizer.model: download that file too (models that come with "
-            "tokenizer.json alone are not supported)"
+            f"there is no {tokenizer_path}: download it too (models that come with tokenizer.json "
+            "alone are not supported)"
         )
-    params = to_params(config, path) | read_tokens(folder, config)
+    params = to_params(config, path)
+    params |= read_tokens(folder, config, Tokenizer(tokenizer_path).n_words)
     files = {
         "params.json": json.dumps(params, indent=2).encode(),
         "tokenizer.model": tokenizer_path.read_bytes(),
@@ -78,7 +81,7 @@ def open_folder(folder: Path) -> Source:
     if config.get("tie_word_embeddings"):
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
     weights = {}
-    expected = empty_model(to_model_args(params, path, params["vocab_size"]), None)
+    expected = empty_model(to_model_args(params, path, params["vocab_size"]), None, whole=True)
     for name, wanted in expected.state_dict().items():
         label = f"{folder}: {hf_name(name)}"
         tensor = tensors.pop(hf_name(name), None)
@@ -97,7 +100,7 @@ def open_folder(folder: Path) -> Source:
         )
     tokenizer = open_tokenizer(tokenizer_path, params)
     args = model_args(params, weights, tokenizer, folder)
-    return Source(weights, args, tokenizer, files)
+    return Checkpoint(weights, params, args, tokenizer, files)
 
 
 def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -136,8 +139,11 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return params
 
 
-def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """added_tokens, eos_token_id and chat_style, as keys of params.json."""
+def read_tokens(folder: Path, config: dict[str, Any], n_words: int) -> dict[str, Any]:
+    """added_tokens, eos_token_id and chat_style, as keys of params.json.
+
+    n_words: Number of the tokenizer's own tokens.
+    """
 
     def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).exists() else {}
@@ -153,7 +159,7 @@ def read_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not all(type(token) is int and token >= 0 for token in [*added.values(), *ends]):
         raise UserError(f"{folder}: eos_token_id or an added token is not a token id")
     # Ids beyond the embedding have no meaning: some Llama 2 folders list a <pad> there.
-    ids = range(Tokenizer(folder / "tokenizer.model").n_words, config["vocab_size"])
+    ids = range(n_words, config["vocab_size"])
     template = tokenizer_config.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")

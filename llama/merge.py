@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,59 +13,41 @@ from tqdm import tqdm
 
 from .checkpoint import (
     VERSION,
+    Checkpoint,
     check_files,
     empty_model,
     find_files,
     find_shards,
-    model_args,
     nearest_tokenizer,
-    open_tokenizer,
 )
 from .errors import UserError
-from .model import ModelArgs
-from .params import read_params
-from .tokenizer import Tokenizer
-from .weights import FORMAT, Weight, as_bytes, open_checkpoint, quantization_of
+from .loading import open_checkpoint
+from .weights import FORMAT, as_bytes, open_shards, quantization_of
 
 Write = Callable[[str, Tensor], None]
 Produce = Callable[[Write], None]  # writes all tensors
 
 
-class Source(NamedTuple):
-    """What is to be written: weights under Meta's names, and the files that go beside them."""
-
-    weights: dict[str, Weight]
-    args: ModelArgs | None  # None: there is no params.json
-    tokenizer: Tokenizer | None
-    files: dict[str, bytes]
-
-
-def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Source:
+def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Checkpoint:
     """Open Meta's shards or merged.pth, or a Hugging Face folder.
 
     Args:
-        folder: The directory of the weights.
+        folder: The directory of the weights. Without params.json it can be merged as it is.
         copy_files: Copy Meta's params.json and tokenizer.model too.
         tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
     """
-    paths = find_shards(folder) or find_files(folder)
-    if not paths and (folder / "config.json").exists():
-        from .huggingface import open_folder
-
-        return open_folder(folder)
-    weights, args, tokenizer = open_checkpoint(check_files(folder, paths, "input_dir")), None, None
-    params_path, nearest = folder / "params.json", nearest_tokenizer(folder)
-    if params_path.exists():
-        params = read_params(params_path)
-        path = tokenizer_path or nearest
-        tokenizer = open_tokenizer(path, params) if path.exists() else None
-        args = model_args(params, weights, tokenizer, folder)
-    extras = [params_path, nearest] if copy_files else []
-    return Source(weights, args, tokenizer, {p.name: p.read_bytes() for p in extras if p.exists()})
+    params_path, paths = folder / "params.json", find_shards(folder) or find_files(folder)
+    if paths and not params_path.exists():
+        return Checkpoint(open_shards(check_files(folder, paths, "input_dir")), {}, None, None, {})
+    checkpoint = open_checkpoint(folder, paths, tokenizer_path, "input_dir")
+    if paths and copy_files:
+        extras = (params_path, nearest_tokenizer(folder))
+        checkpoint.files.update({path.name: path.read_bytes() for path in extras if path.exists()})
+    return checkpoint
 
 
 def write_merged(
-    source: Source,
+    source: Checkpoint,
     output_dir: Path,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
@@ -150,7 +131,7 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def converted(source: Source, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Produce]:
+def converted(source: Checkpoint, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Produce]:
     """The tensors to write, on the meta device, and a function that writes them one by one."""
     state = {
         name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
@@ -164,7 +145,7 @@ def converted(source: Source, dtype: torch.dtype | None) -> tuple[dict[str, Tens
     return state, produce
 
 
-def quantized(source: Source, scheme: str) -> tuple[dict[str, Tensor], Produce]:
+def quantized(source: Checkpoint, scheme: str) -> tuple[dict[str, Tensor], Produce]:
     """Like `converted`, for weights that are quantized on the way."""
     from .quantization.calibration import calibrate, calibration_tokens
 

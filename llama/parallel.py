@@ -139,6 +139,9 @@ def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weig
             dim, start, end = where
             shape, tensors = list(weight.shape), []
             shape[dim] = end - start
+            # The rows of a permuted q or k are divided by heads.
+            n_rows = weight.shape[dim] // sum(part.shape[dim] for part in weight.parts)
+            start, end = start // n_rows, end // n_rows
             for tensor in weight.parts:
                 length = tensor.shape[dim]
                 first, last = max(start, 0), min(end, length)

@@ -101,11 +101,6 @@ def split_at(special: Iterable[str], text: str) -> list[str]:
 
 def read_model(path: Path) -> SentencePieceProcessor:
     """Read a sentencepiece model and check that every piece of it can be used."""
-    if not path.exists():
-        raise UserError(
-            f"there is no tokenizer {path}: tokenizer.model comes with the weights, "
-            "put it beside them, or set `tokenizer_path` to it"
-        )
     check_file(path)
     content = path.read_bytes()
     try:

@@ -176,7 +176,7 @@ def check_tensor(tensor: Tensor, label: str) -> None:
         raise UserError(f"{label} is empty")
 
 
-def open_checkpoint(paths: list[Path]) -> dict[str, Weight]:
+def open_shards(paths: list[Path]) -> dict[str, Weight]:
     """Map each name to its Weight, joined from the files, which are the shards of one model.
 
     Raises:

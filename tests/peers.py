@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llama
 from llama.huggingface import hf_name
-from llama.weights import open_checkpoint
+from llama.weights import open_shards
 
 GGUF_NAMES = {  # Meta's names, and what llama.cpp has in their place
     "layers.": "blk.",
@@ -62,7 +62,7 @@ def write_gguf(folder: Path, dtype: str) -> Path:
     writer.add_token_scores([0.0] * args.vocab_size)
     writer.add_token_types([2, 3, 3] + [1] * (args.vocab_size - 3))
     matrix_type = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-    weights = open_checkpoint([folder / "merged.pth"])
+    weights = open_shards([folder / "merged.pth"])
     for name, weight in weights.items():
         values = weight.read(torch.float32).numpy()
         kind = matrix_type if values.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -131,7 +131,7 @@ def transformers(folder: Path, dtype: str, max_seq_len: int) -> Step:
 
     args = llama.ModelArgs(**json.loads((folder / "params.json").read_text()))
     torch.set_default_dtype(getattr(torch, dtype))
-    weights = open_checkpoint([folder / "merged.pth"])
+    weights = open_shards([folder / "merged.pth"])
     weights = {name: weight.read(torch.get_default_dtype()) for name, weight in weights.items()}
     model, cache = to_transformers(weights, args, torch.get_default_dtype()), None
 
@@ -233,9 +233,10 @@ class SmolLM2:
 
     def load(self, folder: Path, quantize: str | None) -> llama.Transformer:
         """Load what `write` wrote, as `llama.load` does, but with the model's own tokenizer."""
-        from llama.checkpoint import build, model_args
+        from llama.checkpoint import model_args
+        from llama.loading import build
 
-        weights = open_checkpoint([folder / "consolidated.00.pth"])
+        weights = open_shards([folder / "consolidated.00.pth"])
         args = model_args(self.params, weights, None, folder)
         return build(args, weights, quantize, self)
 

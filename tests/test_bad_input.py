@@ -153,7 +153,6 @@ def test_a_missing_folder_says_which_there_are(tmp_path):
     ("name", "expected"),
     [
         ("params.json", "set `ckpt_dir`"),
-        ("config.json", "convert it first: python merge-weights.py --input_dir"),
         ("model.safetensors", "download config.json and tokenizer.model too"),
     ],
 )

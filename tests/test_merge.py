@@ -13,7 +13,8 @@ import torch
 from conftest import DEMO, TOKENIZER, error_line, printed, run_code, write_shards, write_zeros
 
 import llama
-from llama.merge import Source, open_source, write_merged
+from llama.checkpoint import Checkpoint
+from llama.merge import open_source, write_merged
 from llama.weights import Weight
 
 resource = pytest.importorskip("resource", reason="limits are set through POSIX")
@@ -36,7 +37,7 @@ class Hooked(Weight):
         return super().read(dtype)
 
 
-def hooked(folder: Path, hook: Callable[[], None]) -> Source:
+def hooked(folder: Path, hook: Callable[[], None]) -> Checkpoint:
     source = open_source(folder, False)
     weights = {name: Hooked(**vars(w), hook=hook) for name, w in source.weights.items()}
     return source._replace(weights=weights)

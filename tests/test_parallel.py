@@ -22,7 +22,7 @@ PROMPTS = ["Once upon a time", "The", "Hello there, how are you"]
 REPEATING = "the cat sat. the cat sat. the cat sat. the cat"
 # So many that errors average out: those of two sequences differ by a tenth and more by chance.
 TOKENS = torch.randint(3, 2000, (16, 24), generator=torch.Generator().manual_seed(1))
-FILES = ("1 shards", "2 shards", "8 shards", "2 shards merged", "demo")
+FILES = ("1 shards", "2 shards", "8 shards", "2 shards merged", "demo", "huggingface")
 CASES = [  # folder, dtype, quantize
     *((name, "float32", None) for name in FILES),
     ("demo", "bfloat16", None),
@@ -40,11 +40,14 @@ SMALL_GROUPS = [("8 shards", "bfloat16", "int4"), ("2 shards int4", "float32", N
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, weights) -> Path:
-    """Folders of the same weights in 1, 2 and 8 shards and merged; of the demo; and quantized."""
+    """Folders of the same weights in 1, 2 and 8 shards and merged; of others; and quantized."""
+    from test_huggingface import write_folder  # imports transformers, which ranks need not wait for
+
     root = tmp_path_factory.mktemp("parallel")
     for n_shards in (1, 2, 8):
         write_shards(root / f"{n_shards} shards", weights, n_shards)
     (root / "demo").symlink_to(DEMO)
+    write_folder(root / "huggingface")
     for name in ("2 shards merged", "2 shards int4", "demo int8", "demo int4"):
         source, kind = name.rsplit(" ", 1)
         quantize = None if kind == "merged" else kind
