@@ -24,9 +24,6 @@ from .errors import UserError
 from .loading import open_checkpoint
 from .weights import FORMAT, as_bytes, open_shards, quantization_of
 
-Write = Callable[[str, Tensor], None]
-Produce = Callable[[Write], None]  # writes all tensors
-
 
 def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Checkpoint:
     """Open Meta's shards or merged.pth, or a Hugging Face folder.
@@ -73,11 +70,9 @@ def write_merged(
         raise UserError("quantizing needs the params.json that belongs to the weights")
     if output_dir.suffix == ".pth" or output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
-    state, produce = quantized(source, quantize) if quantize else converted(source, dtype)
     is_new = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     target = output_dir / "merged.pth"
-    needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(output_dir).free
     with ExitStack() as stack:
         # The stack ends in reverse: merged.pth is renamed last, an empty new folder is removed.
         if is_new:
@@ -87,9 +82,10 @@ def write_merged(
             path = output_dir / name
             if not (path.is_file() and path.read_bytes() == content):
                 stack.enter_context(atomic_write(path, overwrite)).write_bytes(content)
-        if free < needed:
-            raise UserError(f"{target} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
-        write_state(partial, state, produce)
+        if quantize:
+            save_quantized(partial, source, quantize)
+        else:
+            save_converted(partial, source, dtype)
         if overwrite and source.files:  # old weights are never beside new params.json
             target.unlink(missing_ok=True)
     return target
@@ -131,28 +127,25 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def converted(source: Checkpoint, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], Produce]:
-    """The tensors to write, on the meta device, and a function that writes them one by one."""
+def save_converted(path: Path, source: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Save the weights of a checkpoint, in this dtype or as they are."""
     state = {
         name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
         for name, weight in source.weights.items()
     }
-
-    def produce(write: Write) -> None:
+    with tensor_writer(path, state) as write:
         for name, weight in source.weights.items():
             write(name, weight.read(state[name].dtype))
 
-    return state, produce
 
-
-def quantized(source: Checkpoint, scheme: str) -> tuple[dict[str, Tensor], Produce]:
-    """Like `converted`, for weights that are quantized on the way."""
+def save_quantized(path: Path, source: Checkpoint, scheme: str) -> None:
+    """Save a checkpoint whose weights are quantized on the way."""
     from .quantization.calibration import calibrate, calibration_tokens
 
     model = empty_model(source.args, scheme)
     version = torch.tensor([VERSION], dtype=torch.uint8)
+    with tensor_writer(path, model.state_dict() | {FORMAT: version}) as write:
 
-    def produce(write: Write) -> None:
         def on_quantized(path: str, layer: nn.Module) -> None:
             for name, buffer in layer.state_dict(prefix=f"{path}.").items():
                 write(name, buffer)
@@ -164,15 +157,25 @@ def quantized(source: Checkpoint, scheme: str) -> tuple[dict[str, Tensor], Produ
         tokens = calibration_tokens(source.tokenizer, source.args.vocab_size)
         calibrate(model, source.weights, tokens, on_quantized)
 
-    return model.state_dict() | {FORMAT: version.to("meta")}, produce
 
+@contextmanager
+def tensor_writer(path: Path, state: Mapping[str, Tensor]) -> Iterator[Callable]:
+    """Write a checkpoint tensor by tensor.
 
-def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> None:
-    """Write the checkpoint `state`; `produce` supplies its tensors one by one."""
+    Args:
+        path: The file.
+        state: All tensors; only their shapes and dtypes are used.
+    Yields:
+        write(name, tensor), to be called for each of them.
+    """
+    needed, free = sum(t.nbytes for t in state.values()), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(
+            f"merged.pth needs {needed / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} free"
+        )
     offsets = reserve(path, state)
-    total = sum(tensor.nbytes for tensor in state.values())
     options = {"unit": "B", "unit_scale": True, "disable": None}
-    with path.open("r+b") as file, tqdm(desc="writing", total=total, **options) as bar:
+    with path.open("r+b") as file, tqdm(desc="writing", total=needed, **options) as bar:
 
         def write(name: str, tensor: Tensor) -> None:
             tensor = tensor.contiguous()
@@ -180,7 +183,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], produce: Produce) -> No
             file.write(as_bytes(tensor))
             bar.update(tensor.nbytes)
 
-        produce(write)
+        yield write
 
 
 def reserve(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
