@@ -1,6 +1,7 @@
 """A checkpoint on the disk: its files are found, opened and checked against one another."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def open_meta(folder: Path, paths: list[Path], tokenizer_path: str | Path | None
     path, tokenizer = Path(tokenizer_path or nearest_tokenizer(folder)), None
     if path.exists():
         tokenizer = open_tokenizer(path, params)
-    args = model_args(params, weights, tokenizer, folder)
+    args = model_args(params, weights, tokenizer, folder / "params.json", {})
     return Checkpoint(weights, params, args, tokenizer, {})
 
 
@@ -117,16 +118,25 @@ def open_tokenizer(path: str | Path, params: dict[str, Any]) -> Tokenizer:
 
 
 def model_args(
-    params: dict[str, Any], weights: dict[str, Weight], tokenizer: Tokenizer | None, folder: Path
+    params: dict[str, Any],
+    weights: dict[str, Weight],
+    tokenizer: Tokenizer | None,
+    path: Path,
+    names: Mapping[str, str],
 ) -> ModelArgs:
-    """The model's shape, checked against the shapes of the weights."""
+    """The model's shape, checked against the tokenizer and the shapes of the weights.
+
+    Args:
+        path: The file of the params, for errors.
+        names: What the files call a weight, where that differs, for errors.
+    """
     embedding = weights.get("tok_embeddings.weight")
     if embedding is None:
-        raise UserError(f"{folder}: there is no tok_embeddings.weight: a file is missing")
-    args = to_model_args(params, folder / "params.json", embedding.shape[0])
+        raise UserError(f"{path.parent}: there is no token embedding: a file is missing")
+    args = to_model_args(params, path, embedding.shape[0])
     if tokenizer and args.vocab_size < tokenizer.n_words:
         raise UserError(
-            f"{folder}: vocab_size is {args.vocab_size}, and the tokenizer has "
+            f"{path.parent}: vocab_size is {args.vocab_size}, and the tokenizer has "
             f"{tokenizer.n_words} tokens: it belongs to another model"
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
@@ -135,8 +145,8 @@ def model_args(
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
-                f"{folder}: {name} is {found}, but by params.json should be {wanted}: "
-                "a file is missing, or they are of different models"
+                f"{path.parent}: {names.get(name, name)} is {found}, but by {path.name} should be "
+                f"{wanted}: a file is missing, or they are of different models"
             )
     return args
 

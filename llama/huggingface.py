@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, describe, empty_model, model_args, open_tokenizer
+from .checkpoint import Checkpoint, empty_model, model_args, open_tokenizer
 from .errors import UserError, check_file
 from .params import check_params, read_json, to_model_args
 from .tokenizer import Tokenizer
@@ -42,6 +42,7 @@ NAMES = {  # Meta's names: Hugging Face's
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+EMBEDDING = "model.embed_tokens.weight"
 PERMUTED = (".wq.weight", ".wk.weight")  # see `permute`
 FILES = (  # of weights: the first of these that a folder has
     ("model.safetensors", "model-*-of-*.safetensors"),
@@ -78,28 +79,21 @@ def open_huggingface(folder: Path, tokenizer_path: str | Path | None) -> Checkpo
         "tokenizer.model": tokenizer_path.read_bytes(),
     }
     tensors, mapped = read_files(folder, find_weights(folder))
-    if config.get("tie_word_embeddings"):
-        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
-    weights = {}
-    expected = empty_model(to_model_args(params, path, params["vocab_size"]), None, whole=True)
-    for name, wanted in expected.state_dict().items():
-        label = f"{folder}: {hf_name(name)}"
-        tensor = tensors.pop(hf_name(name), None)
-        if describe(tensor) != describe(wanted):
-            raise UserError(
-                f"{label} is {describe(tensor)}, but by config.json should be {describe(wanted)}"
-            )
-        check_tensor(tensor, label)
-        if name.endswith(PERMUTED):
-            tensor = permute(tensor, expected.args.head_dim)
-        weights[name] = Weight(label, [tensor], 0, wanted.shape, mapped)
-    if other := [name for name in tensors if not name.endswith(UNUSED)]:
-        raise UserError(
-            f"{folder} has {other[0]}, which a LLaMA model with config.json's "
-            f"num_hidden_layers {expected.args.n_layers} does not have"
-        )
+    if config.get("tie_word_embeddings") and EMBEDDING in tensors:
+        tensors["lm_head.weight"] = tensors[EMBEDDING]
+    args, weights = to_model_args(params, path, params["vocab_size"]), {}
+    hf_names = {name: hf_name(name) for name in empty_model(args, None, whole=True).state_dict()}
+    names = {theirs: ours for ours, theirs in hf_names.items()}
+    for name, tensor in tensors.items():
+        if not name.endswith(UNUSED):
+            label = f"{folder}: {name}"
+            check_tensor(tensor, label)
+            weights[names.get(name, name)] = Weight(label, [tensor], 0, tensor.shape, mapped)
     tokenizer = open_tokenizer(tokenizer_path, params)
-    args = model_args(params, weights, tokenizer, folder)
+    args = model_args(params, weights, tokenizer, path, hf_names)
+    for name, weight in weights.items():
+        if name.endswith(PERMUTED):
+            weight.parts = [permute(weight.parts[0], args.head_dim)]
     return Checkpoint(weights, params, args, tokenizer, files)
 
 

@@ -237,7 +237,7 @@ class SmolLM2:
         from llama.loading import build
 
         weights = open_shards([folder / "consolidated.00.pth"])
-        args = model_args(self.params, weights, None, folder)
+        args = model_args(self.params, weights, None, folder / "params.json", {})
         return build(args, weights, quantize, self)
 
 

@@ -214,7 +214,7 @@ CHANGES = [
     ({UP: None}, f"{UP} is not there"),
     (
         {UP.replace("weight", "bias"): torch.ones(345)},
-        "bias, which a LLaMA model with config.json's num_hidden_layers ",
+        "bias is .* but by config.json should be not there",
     ),
 ]
 
