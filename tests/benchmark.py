@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import llama
 from llama import Sampling, linear
 from llama.checkpoint import VERSION, empty_model, find_files
-from llama.merge import write_state
+from llama.merge import tensor_writer
 from llama.model import Segment
 from llama.system import peak_memory
 from llama.weights import FORMAT
@@ -65,17 +65,14 @@ def make_checkpoint(folder: Path, size: str, scheme: str | None = None) -> None:
     model = empty_model(llama.ModelArgs(**params), scheme)
     state = model.state_dict() if scheme else model.half().state_dict()
     version = {FORMAT: torch.tensor([VERSION], dtype=torch.uint8)} if scheme else {}
-
-    def produce(write: Callable[[str, Tensor], None]) -> None:
-        values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02)
+    values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02)
+    with tensor_writer(folder / "merged.pth", state | version) as write:
         for name, tensor in state.items():
             part = values[: tensor.numel()].view(tensor.shape)
             part = part if tensor.is_floating_point() else part * 1000
             write(name, part.to(tensor.dtype))
         for name, tensor in version.items():
             write(name, tensor)
-
-    write_state(folder / "merged.pth", state | version, produce)
 
 
 def load(folder: Path, dtype: str, max_seq_len: int) -> llama.LLaMA:
