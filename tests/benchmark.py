@@ -3,6 +3,7 @@
     python tests/benchmark.py speed --size 1B [--peers]     memory and tokens/s of each dtype
     python tests/benchmark.py kernels                       every kernel on this CPU
     python tests/benchmark.py accuracy --gguf F --data DIR  what rounding adds to the loss
+    python tests/benchmark.py demo --data DIR               the demo's bits per byte
     python tests/benchmark.py lookup --gguf F --data DIR    what prompt lookup gains
     python tests/benchmark.py plot                          docs/*.svg from docs/*.json
 
@@ -36,6 +37,7 @@ from llama.merge import tensor_writer
 from llama.model import Segment
 from llama.system import peak_memory
 from llama.weights import FORMAT
+from model.demo.train import bits_per_byte
 from tests.peers import PEERS, SmolLM2, to_transformers
 
 DOCS = ROOT / "docs"
@@ -313,6 +315,20 @@ def mean_loss(model: llama.Transformer, text: Tensor, one_by_one: bool) -> float
     return torch.nn.functional.cross_entropy(logits, text[half:]).item()
 
 
+@torch.inference_mode()
+def demo(data: str) -> None:
+    """Print the demo's bits per byte of the stories in valid.jsonl, of which it was trained on none.
+
+    Args:
+        data: As in `accuracy`.
+    """
+    lines = Path(data, "valid.jsonl").read_text(encoding="utf-8").splitlines()
+    stories = [json.loads(line)["story"] for line in lines]
+    for dtype in DTYPES:
+        run = load(TOKENIZER.parent, dtype, 512)
+        print(f"{dtype} {bits_per_byte(run.model, run.tokenizer, stories):.4f}", flush=True)
+
+
 def lookup(gguf: str, data: str, dtypes: tuple[str, ...] = DTYPES, rounds: int = 5) -> None:
     """Print the speed of generating 100 tokens with prompt lookup and without, and transformers'.
 
@@ -450,5 +466,5 @@ def save_figure(figure: object, name: str) -> None:
 
 
 if __name__ == "__main__":
-    commands = (speed, kernels, accuracy, lookup, plot, serve)
+    commands = (speed, kernels, accuracy, demo, lookup, plot, serve)
     fire.Fire({command.__name__: command for command in commands})
