@@ -120,11 +120,13 @@ def test_quantizing_while_merging_or_from_shards_is_the_same(
     assert torch.equal(load(stored).model(TOKENS, 0), expected)
 
 
-def test_layers_with_one_input_do_not_share_their_products(stored):
+def test_a_product_that_is_kept_is_that_of_its_layer_and_input(stored):
     first, second = (layer.attention for layer in load(stored).model.layers[:2])
     x = normal(1, PARAMS["dim"])
-    assert not torch.equal(first.wq(x), second.wq(x))
-    assert torch.equal(second.wq(x), second.wq(x.clone()))
+    y = second.wq(x)
+    assert not torch.equal(first.wq(x), y)
+    torch.testing.assert_close(second.wq(x * -2), y * -2)
+    assert torch.equal(second.wq(x.clone()), y)
 
 
 def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme):
