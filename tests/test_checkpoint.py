@@ -1,25 +1,17 @@
 """Loading: shards, merged.pth, and every file that torch reads right."""
 
+import io
 import json
 import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    GROUPED,
-    PARAMS,
-    TOKENIZER,
-    load,
-    random_weights,
-    run_code,
-    write_shards,
-    write_zeros,
-)
+from conftest import GROUPED, PARAMS, TOKENIZER, random_weights, run_code, write_shards, write_zeros
 from torch import Tensor
 
 import llama
@@ -30,7 +22,7 @@ WQ = "layers.0.attention.wq.weight"
 
 
 def greedy(folder: Path) -> str:
-    return load(folder).generate(PROMPT, 20, temperature=0)[0]
+    return llama.load(folder, TOKENIZER).generate(PROMPT, 20, temperature=0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,28 +78,19 @@ def views(weights: dict[str, Tensor], path: Path) -> None:
     torch.save(state, path)
 
 
-def before_1_6(weights: dict[str, Tensor], path: Path) -> None:
-    torch.save(weights, path, _use_new_zipfile_serialization=False)
-
-
-def rezipped(compression: int) -> Callable:
-    def save(weights: dict[str, Tensor], path: Path) -> None:
-        torch.save(weights, path.with_suffix(".old"))
-        with (
-            zipfile.ZipFile(path.with_suffix(".old")) as old,
-            zipfile.ZipFile(path, "w", compression) as new,
-        ):
-            for entry in old.infolist():
-                new.writestr(entry.filename, old.read(entry))
-
-    return save
+def zipped(weights: dict[str, Tensor], path: Path, compression: int = zipfile.ZIP_STORED) -> None:
+    torch.save(weights, path)
+    old = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
 
 
 SAVED = {
     "views, and a transposed one": views,
-    "of before PyTorch 1.6": before_1_6,
-    "zipped by another program": rezipped(zipfile.ZIP_STORED),
-    "compressed": rezipped(zipfile.ZIP_DEFLATED),
+    "of before PyTorch 1.6": partial(torch.save, _use_new_zipfile_serialization=False),
+    "zipped by another program": zipped,
+    "compressed": partial(zipped, compression=zipfile.ZIP_DEFLATED),
     "under model": lambda weights, path: torch.save({"model": weights, "step": 7}, path),
     "under state_dict": lambda weights, path: torch.save({"state_dict": weights}, path),
     "with a counter": lambda weights, path: torch.save(weights | {"step": torch.tensor(7)}, path),
@@ -137,7 +120,7 @@ def test_a_vocabulary_of_minus_1_is_as_large_as_the_embedding(weights, tmp_path)
     more = {n: torch.cat([weights[n], row]) for n in ("tok_embeddings.weight", "output.weight")}
     write_shards(tmp_path, weights | more, 1)
     write_merged(open_source(tmp_path, False), tmp_path)
-    model = load(tmp_path)
+    model = llama.load(tmp_path, TOKENIZER)
     assert model.model.args.vocab_size == 2049
     assert model.model.output(torch.ones(1, PARAMS["dim"])).argmax() == 2048
     assert model.generate(PROMPT, 8, temperature=0)[0].startswith(PROMPT)
