@@ -70,10 +70,6 @@ def test_a_full_disk_under_stdout_is_one_error_line(run_script, flags, script):
     assert error_line(result).startswith("error: [Errno 28] No space")
 
 
-def limit_memory(n_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
-
-
 @pytest.fixture(scope="module")
 def imported() -> int:
     """Bytes of address space that PyTorch takes, with CUDA's libraries or without."""
@@ -86,9 +82,10 @@ def imported() -> int:
 def test_memory_that_ends_is_one_error_line(tmp_path, flags, run_script, imported):
     (tmp_path / "long.txt").touch()
     os.truncate(tmp_path / "long.txt", 2 * 10**9)
+    limit = imported + 10**9
     result = run_script(
         *("example-cpu.py", *flags, "--prompt_file", "long.txt"),
-        preexec_fn=lambda: limit_memory(imported + 10**9),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert error_line(result).startswith("error: out of memory: ")
 
