@@ -120,13 +120,10 @@ def test_only_a_styles_own_text_becomes_special_ids(new_chat):
     assert f"<|im_start|>user\n{message}<|im_end|>" in text_of(chat)
 
 
-TURNS = {"dialog": "User:", "vicuna": "USER:", "llama2": "[INST]", "zephyr": "<|user|>"}
 BEGINS = "Hello\nUsers love me.\nUse"  # like a turn
 STOPS = [  # style, what the model says, what is shown of it
-    *(
-        (style, f"a {turn} b, {turn} c\n{turn} d", f"a {turn} b, {turn} c")
-        for style, turn in TURNS.items()
-    ),
+    ("dialog", "a User: b, User: c\nUser: d", "a User: b, User: c"),
+    ("zephyr", "a <|user|> b, <|user|> c\n<|user|> d", "a <|user|> b, <|user|> c"),
     ("dialog", BEGINS, BEGINS),
     (Style("h{user}:", ""), " well\nhello", "well"),  # "he" is one token
 ]
@@ -228,19 +225,12 @@ def test_reset_forgets_the_talk(new_chat):
     assert text_of(chat) == ""
 
 
-def test_retry_takes_the_last_turn_back(new_chat):
-    chat = new_chat(" Hello", " Good", " Fine")
-    say(chat, "Hi", "How are you?")
-    assert chat.retry() == "How are you?"
-    assert say(chat, "How are you?") == ["Fine"]
-    assert text_of(chat) == "<s>Kind.\n\nUser: Hi\nAI: Hello\nUser: How are you?\nAI: Fine"
-
-
-def test_nothing_of_a_turn_that_was_taken_back_is_left(new_chat):
+def test_retry_takes_the_last_turn_back_and_nothing_of_it_is_left(new_chat):
     chat, other = new_chat(temperature=0), new_chat(temperature=0)
     say(chat, "Hi", "How are you?")
-    chat.retry()
+    assert chat.retry() == "How are you?"
     assert say(chat, "Who are you?") == say(other, "Hi", "Who are you?")[1:]
+    assert text_of(chat) == text_of(other)
 
 
 def test_retry_of_the_only_turn_that_is_left_writes_the_preamble_once(new_chat):
