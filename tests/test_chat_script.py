@@ -60,15 +60,6 @@ def test_emoji_and_accents_go_both_ways_whatever_the_locale(echo):
     echo.expect(LINE + re.escape(EMOJI) + f".*{STATUS}.*{PROMPT}")
 
 
-def test_pasted_text_of_several_lines_is_one_message_that_can_be_recalled(echo):
-    echo.send("\033[200~line one\nline two\033[201~\r")
-    echo.expect(LINE + "line one\r\nline two")
-    echo.expect(f"{STATUS}.*{PROMPT}")
-    echo.send("\033[A three\r")  # up: the message before
-    echo.expect(LINE + "line one\r\nline two three")
-    echo.expect(f"{STATUS}.*{PROMPT}")
-
-
 def test_commands_are_not_for_the_model(echo):
     for line, told in {"/help": "/reset .*/retry .*/exit ", "/?": "/exit ", "/foo": "/foo"}.items():
         echo.sendline(line)
@@ -131,15 +122,19 @@ def test_a_message_too_long_is_refused_and_can_be_followed_by_another(talk):
     child.expect(STATUS + ", stopped at --max_gen_len 20")
 
 
-def test_messages_are_remembered_in_a_file_of_the_users_state_folder(talk, tmp_path):
+def test_pasted_lines_are_one_message_and_messages_are_remembered(talk, tmp_path):
+    """In a file of the user's state folder."""
     options = ["--style", "complete", "--max_gen_len", 3]
     child = talk(*options, XDG_STATE_HOME=str(tmp_path))
     child.send("\033[200~erste Zeile\n🙂 zweite\033[201~\r")
-    child.expect(STATUS)
-    child.expect(PROMPT)
-    child = talk(*options, XDG_STATE_HOME=str(tmp_path))
-    child.send("\033[A!\r")
+    child.expect(LINE + "erste Zeile\r\n🙂 zweite")
+    child.expect(f"{STATUS}.*{PROMPT}")
+    child.send("\033[A!\r")  # up: the message before
     child.expect(LINE + "erste Zeile\r\n🙂 zweite!")
+    child.expect(f"{STATUS}.*{PROMPT}")
+    child = talk(*options, XDG_STATE_HOME=str(tmp_path))
+    child.send("\033[A?\r")
+    child.expect(LINE + "erste Zeile\r\n🙂 zweite!\\?")
 
 
 def test_replies_wrap_at_words_and_what_is_typed_ahead_is_the_next_message(talk):
