@@ -15,7 +15,6 @@ FLAGS = {
     "example-chat.py": f"{MODEL_FLAGS} style system threads verbose",
     "merge-weights.py": "model_size input_dir output_dir dtype quantize overwrite",
 }
-BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -62,7 +61,7 @@ def test_the_last_line_says_which_limit_ended_a_text(run_script, limit):
     assert f"stopped at {limit}," in done.stderr
 
 
-@pytest.mark.parametrize("mark", [b"", BOM])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_prompts_from_stdin_and_from_files(run_script, checkpoint, flags, tmp_path, mark):
     """Without a byte order mark and the last newline, and with Windows' line ends as newlines."""
     (tmp_path / "prompt.txt").write_bytes(mark + "Zwölf\r\nlines\r\n".encode())
@@ -120,13 +119,12 @@ def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, 
 @pytest.mark.parametrize(
     ("script", "argv", "said"),
     [
-        ("example-cpu.py", ["--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
-        ("example-cpu.py", ["--ckpt_dir"], "argument --ckpt_dir: expected one argument"),
         ("example-cpu.py", ["--top_p", "1.5"], "--top_p must be "),
         ("example-cpu.py", ["--threads", "0"], "--threads must be 1 to"),
         ("example-cpu.py", ["--threads", "100000"], "--threads must be 1 to"),
         ("example-cpu.py", ["--max_seq_len", "0"], "--max_seq_len must be "),
         ("example-cpu.py", ["--prompt_file", "none.txt"], "--prompt_file none.txt"),
+        ("example-cpu.py", ["--prompt_file", "a\n\x1b[31mred" + "x" * 5000], "red"),
         ("example-cpu.py", ["-"], "stdin is empty"),
         ("example-chat.py", ["Hello"], "'Hello' has no flag before it"),
         ("example-chat.py", ["--style", "poem"], "argument --style: invalid choice: 'poem'"),
@@ -134,6 +132,9 @@ def test_what_looks_like_a_literal_is_text_and_flags_stand_anywhere(run_script, 
         ("merge-weights.py", ["--input_dir", "nowhere"], "--input_dir"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line_with_its_flag(run_script, script, argv, said):
+def test_a_wrong_value_is_refused_in_one_short_line_with_its_flag(run_script, script, argv, said):
     flags = [] if script == "merge-weights.py" else ["--ckpt_dir", DEMO]
-    assert said in error_line(run_script(script, *argv, *flags))
+    result = run_script(script, *argv, *flags)
+    message = error_line(result)
+    assert said in message and "\x1b" not in message
+    assert len(message) < 520 and result.stderr.count(b"\n") == 1
