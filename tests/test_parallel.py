@@ -161,35 +161,19 @@ def test_two_launchers_as_on_two_machines_run_one_model(root):
     assert sorted(out for out, _ in ends) == ["", printed(root / "2 shards", PROMPTS, 8)]
 
 
-def error_lines(errors: str) -> list[str]:
-    return re.findall("^error: .*", errors, re.MULTILINE)
+ERRORS = {
+    "of all ranks": (6, ["--ckpt_dir", DEMO], "the model has 5 key-value heads for 6 ranks: start"),
+    "of rank 0 alone": (2, ["--prompt_file", "a\n\x1b[31mred"], "red"),
+    "of a flag": (2, ["--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
+}
 
 
-def error_of_ranks(n_ranks: int, *args: object) -> str:
-    """The error that the ranks end with: printed once, and nothing on stdout."""
+@pytest.mark.parametrize(("n_ranks", "args", "said"), ERRORS.values(), ids=ERRORS)
+def test_an_error_ends_all_ranks_in_one_line_that_is_filtered(n_ranks, args, said):
     done = python(*torchrun(n_ranks, ROOT / "example-cpu.py", *args), text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    [line] = error_lines(done.stderr)
-    return line
-
-
-def test_more_ranks_than_heads_of_keys_are_refused():
-    error = error_of_ranks(6, "--ckpt_dir", DEMO)
-    assert error == "error: the model has 5 key-value heads for 6 ranks: start fewer"
-
-
-def test_an_error_of_rank_0_alone_ends_all_and_is_filtered():
-    line = error_of_ranks(2, "--prompt_file", "a\n\x1b[31mred")
-    assert "red" in line and "\x1b" not in line
-
-
-def test_a_wrong_flag_is_reported_once():
-    assert "argument --top_k: invalid int value" in error_of_ranks(2, "--top_k", "many")
-
-
-def rank_process(launcher: int, rank: int) -> psutil.Process:
-    children = psutil.Process(launcher).children()
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
+    [line] = re.findall("^error: .*", done.stderr, re.MULTILINE)
+    assert said in line and "\x1b" not in line
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -205,9 +189,11 @@ def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, kill
     process.stdin.flush()
     assert "".join(process.stdout.readline() for _ in range(expected.count("\n"))) == expected
 
-    rank_process(process.pid, killed).kill()  # rank 0 waits for a line
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == str(killed):  # rank 0 waits for a line
+            child.kill()
     _, errors = process.communicate(timeout=30)
-    assert len(error_lines(errors)) == 1
+    assert len(re.findall("^error: ", errors, re.MULTILINE)) == 1
 
 
 if __name__ == "__main__":  # one rank of the fixture `ranks`
