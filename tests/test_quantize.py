@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, PARAMS, TOKENIZER, load, random_weights, relative_error, write_shards
-from test_linear import dequantized, normal, quantized
+from test_linear import dequantized, normal, prepared, quantized
 
 import llama
 from llama.checkpoint import SCHEMES, empty_model
@@ -85,9 +85,7 @@ def test_kept_directions_take_most_of_the_error_of_massive_activations(massive, 
         if weight.dim() == 2 and name != "tok_embeddings.weight":
             path = name.removesuffix(".weight")
             cls = Int4Linear if scheme == "int4" and path != "output" else Int8Linear
-            layer = quantized(cls, weight.float(), k=0)
-            layer.prepare()
-            bare.set_submodule(path, layer)
+            bare.set_submodule(path, prepared(cls, weight.float(), k=0))
     expected = exact(TOKENS, 0)
     assert relative_error(kept(TOKENS, 0), expected) < relative_error(bare(TOKENS, 0), expected) / 5
 
