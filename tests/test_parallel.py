@@ -153,9 +153,8 @@ def test_two_launchers_as_on_two_machines_run_one_model(root):
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"]
     command = [*launcher, f"--rdzv_endpoint=localhost:{port}", ROOT / "example-cpu.py"]
-    processes = [
-        start([*command, *PROMPTS, "--ckpt_dir", root / "2 shards", *FLAGS]) for _ in range(2)
-    ]
+    command += [*PROMPTS, "--ckpt_dir", root / "2 shards", *FLAGS]
+    processes = [start(command) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert sorted(out for out, _ in ends) == ["", printed(root / "2 shards", PROMPTS, 8)]
@@ -181,10 +180,8 @@ def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, kill
     sampling = llama.Sampling(8, temperature=0)
     chat = llama.Chat(load(root / "2 shards"), llama.STYLES["complete"], None, sampling)
     expected = "".join("".join(chat.reply(line)) + "\n" for line in ("Hi", "And you?"))
-    command = torchrun(
-        2, ROOT / "example-chat.py", "--style", "complete", "--ckpt_dir", root / "2 shards", *FLAGS
-    )
-    process = start(command)
+    flags = ["--style", "complete", "--ckpt_dir", root / "2 shards", *FLAGS]
+    process = start(torchrun(2, ROOT / "example-chat.py", *flags))
     process.stdin.write("Hi\n/reset\nAnd you?\n")
     process.stdin.flush()
     assert "".join(process.stdout.readline() for _ in range(expected.count("\n"))) == expected
