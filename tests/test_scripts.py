@@ -55,9 +55,8 @@ def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
 
 @pytest.mark.parametrize("limit", ["--max_gen_len 8", "--max_seq_len 12"])
 def test_the_last_line_says_which_limit_ended_a_text(run_script, limit):
-    done = run_script(
-        "example-cpu.py", "Once upon", "a time", *limit.split(), "--seed", 1, text=True
-    )
+    args = ["Once upon", "a time", *limit.split(), "--seed", 1]
+    done = run_script("example-cpu.py", *args, text=True)
     assert f"stopped at {limit}," in done.stderr
 
 
@@ -101,9 +100,7 @@ def test_an_unknown_flag_ends_before_loading_with_the_nearest_one(run_script, fl
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "quantize"), [("fp32", "8"), ("BF16", "INT8"), ("BFloat16", "4")]
-)
+@pytest.mark.parametrize(("dtype", "quantize"), [("fp32", "8"), ("BF16", "Int8"), ("BF16", "4")])
 def test_flags_with_dashes_and_values_in_short_are_understood(run_script, flags, dtype, quantize):
     values = ["--max-gen-len=4", "--temperature=1e-5", f"--dtype={dtype}", f"--quantize={quantize}"]
     assert run_script("example-cpu.py", "a", *flags, *values).returncode == 0
