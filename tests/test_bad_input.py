@@ -153,7 +153,7 @@ TOKENIZERS = {
     "Llama 3 from Windows": (b"IQ== 0\r\nIg== 1\r\n", "Llama 3.*tiktoken"),
     "a git-lfs pointer": (LFS, "git-lfs pointer.*git lfs pull"),
     "cut": (TOKENIZER.read_bytes()[:9999], "not a valid sentencepiece model"),
-    # It is refused at once, not when the piece is drawn that the byte is in.
+    # Refused at once, not when the piece is drawn that the byte is in.
     "a damaged byte": (TOKENIZER.read_bytes().replace(b"once", b"\xffnce", 1), "not a valid sent"),
 }
 

@@ -122,8 +122,7 @@ def test_a_message_too_long_is_refused_and_can_be_followed_by_another(talk):
     child.expect(STATUS + ", stopped at --max_gen_len 20")
 
 
-def test_pasted_lines_are_one_message_and_messages_are_remembered(talk, tmp_path):
-    """In a file of the user's state folder."""
+def test_pasted_lines_are_one_message_that_the_users_state_folder_remembers(talk, tmp_path):
     options = ["--style", "complete", "--max_gen_len", 3]
     child = talk(*options, XDG_STATE_HOME=str(tmp_path))
     child.send("\033[200~erste Zeile\n🙂 zweite\033[201~\r")
