@@ -13,18 +13,72 @@ import llama
 from llama.cache import KVCache
 from llama.model import Segment
 
-TOKENS = torch.randint(3, 2048, (3, 170), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(3, 2048, (3, 40), generator=torch.Generator().manual_seed(1))
+LONG = torch.randint(3, 2048, (170,), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module", params=[PARAMS, GROUPED], ids=["multi-head", "grouped-query"])
-def both(request, tmp_path_factory) -> tuple[llama.Transformer, Tensor]:
-    """The model, and the logits that transformers' has at every position of TOKENS."""
-    params, weights = request.param, random_weights(params=request.param)
-    folder = write_shards(tmp_path_factory.mktemp("model"), weights, 1, params)
-    # Where params.json has no rope_theta, Meta's code takes 10000.
-    peer = to_transformers(weights, llama.ModelArgs(**{"rope_theta": 10000.0} | params))
-    with torch.no_grad():
-        return load(folder).model, peer(TOKENS).logits
+def params(request) -> dict:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def state(params) -> dict[str, Tensor]:
+    return random_weights(params=params)
+
+
+@pytest.fixture(scope="module")
+def model(params, state, tmp_path_factory) -> llama.Transformer:
+    folder = write_shards(tmp_path_factory.mktemp("model"), state, 1, params)
+    return load(folder).model
+
+
+@pytest.fixture(scope="module")
+def naive(params, state) -> Tensor:
+    """Logits of every position of LONG."""
+    return naive_logits(state, LONG, params)
+
+
+def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Tensor:
+    """The paper's formulas on one sequence, without a cache: (seqlen, vocab_size), in fp64."""
+    w = {name.removesuffix(".weight"): weight.double() for name, weight in weights.items()}
+    seqlen, n_heads = len(tokens), params["n_heads"]
+    head_dim, n_kv_heads = params["dim"] // n_heads, params.get("n_kv_heads", n_heads)
+    theta = params.get("rope_theta", 10000)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
+
+    def rotate(x: Tensor) -> Tensor:  # (seqlen, heads, head_dim)
+        out = torch.empty_like(x)
+        for m in range(seqlen):
+            for j in range(head_dim // 2):
+                angle = m * theta ** (-2 * j / head_dim)
+                cos, sin = math.cos(angle), math.sin(angle)
+                a, b = x[m, :, 2 * j], x[m, :, 2 * j + 1]
+                out[m, :, 2 * j] = a * cos - b * sin
+                out[m, :, 2 * j + 1] = a * sin + b * cos
+        return out
+
+    h = w["tok_embeddings"][tokens]
+    for layer in range(params["n_layers"]):
+        at = f"layers.{layer}."
+        x = norm(h, at + "attention_norm")
+        q, k, v = (
+            (x @ w[f"{at}attention.{name}"].T).view(seqlen, -1, head_dim)
+            for name in ("wq", "wk", "wv")
+        )
+        k, v = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (rotate(k), v))
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head_dim)
+        future = torch.ones(seqlen, seqlen).triu(1).bool()
+        attended = scores.masked_fill(future, -math.inf).softmax(-1)
+        x = torch.einsum("hqk,khd->qhd", attended, v).flatten(1)
+        h = h + x @ w[at + "attention.wo"].T
+        x = norm(h, at + "ffn_norm")
+        gate = x @ w[at + "feed_forward.w1"].T
+        x = gate * gate.sigmoid() * (x @ w[at + "feed_forward.w3"].T)
+        h = h + x @ w[at + "feed_forward.w2"].T
+    return norm(h, "norm") @ w["output"].T
 
 
 def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
@@ -33,27 +87,26 @@ def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCac
         return model.output(model.hidden(tokens, [Segment(start, len(tokens), cache)]))
 
 
-def test_a_prompt_and_each_decoded_token_agree_with_transformers(both):
-    model, expected = both
+def test_a_prompt_and_each_decoded_token_agree_with_transformers(model, state, params):
+    with torch.no_grad():
+        expected = to_transformers(state, llama.ModelArgs(**params))(TOKENS).logits
     assert relative_error(model(TOKENS[:, :5], 0), expected[:, 4]) < 1e-4
-    for position in range(5, 40):
+    for position in range(5, TOKENS.shape[1]):
         logits = model(TOKENS[:, position : position + 1], position)
         assert relative_error(logits, expected[:, position]) < 1e-4
 
 
-def test_every_position_agrees_with_transformers_without_a_cache(both):
-    model, expected = both
-    assert relative_error(logits_of(model, TOKENS[0], 0, None), expected[0]) < 1e-4
+def test_every_position_agrees_with_the_naive_model(model, naive):
+    assert relative_error(logits_of(model, LONG, 0, None), naive) < 1e-4
 
 
 @pytest.mark.parametrize("n_new", [1, 2, 8, 16, 17, 64, 65])
 @pytest.mark.parametrize("start", [1, 60, 100])
-def test_tokens_after_a_cached_prefix_agree_with_transformers(both, start, n_new):
-    model, expected = both
-    cache, end = model.new_cache(200), start + n_new
-    logits_of(model, TOKENS[0, :start], 0, cache)
-    logits = logits_of(model, TOKENS[0, start:end], start, cache)
-    assert relative_error(logits, expected[0, start:end]) < 1e-4
+def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, start, n_new):
+    cache = model.new_cache(200)
+    logits_of(model, LONG[:start], 0, cache)
+    end = start + n_new
+    assert relative_error(logits_of(model, LONG[start:end], start, cache), naive[start:end]) < 1e-4
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20, 70])
@@ -73,8 +126,7 @@ def test_attention_to_a_long_cache_is_the_softmax_of_its_scores(dtype, bound, n_
     assert relative_error(cache.attend(0, xq, end), expected) < bound
 
 
-def test_positions_beyond_the_context_are_refused(both):
-    model, _ = both
+def test_positions_beyond_the_context_are_refused(model):
     n_tokens = model.args.max_seq_len - 2
     model(torch.ones(1, n_tokens, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match="max_seq_len"):
