@@ -18,25 +18,12 @@ LONG = torch.randint(3, 2048, (170,), generator=torch.Generator().manual_seed(2)
 
 
 @pytest.fixture(scope="module", params=[PARAMS, GROUPED], ids=["multi-head", "grouped-query"])
-def params(request) -> dict:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def state(params) -> dict[str, Tensor]:
-    return random_weights(params=params)
-
-
-@pytest.fixture(scope="module")
-def model(params, state, tmp_path_factory) -> llama.Transformer:
-    folder = write_shards(tmp_path_factory.mktemp("model"), state, 1, params)
-    return load(folder).model
-
-
-@pytest.fixture(scope="module")
-def naive(params, state) -> Tensor:
-    """Logits of every position of LONG."""
-    return naive_logits(state, LONG, params)
+def models(request, tmp_path_factory) -> tuple[llama.Transformer, Tensor, torch.nn.Module]:
+    """A model, the naive model's logits of every position of LONG, and transformers' model."""
+    params, weights = request.param, random_weights(params=request.param)
+    folder = write_shards(tmp_path_factory.mktemp("model"), weights, 1, params)
+    peer = to_transformers(weights, llama.ModelArgs(**params))
+    return load(folder).model, naive_logits(weights, LONG, params), peer
 
 
 def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Tensor:
@@ -44,21 +31,15 @@ def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Te
     w = {name.removesuffix(".weight"): weight.double() for name, weight in weights.items()}
     seqlen, n_heads = len(tokens), params["n_heads"]
     head_dim, n_kv_heads = params["dim"] // n_heads, params.get("n_kv_heads", n_heads)
-    theta = params.get("rope_theta", 10000)
+    exponents = torch.arange(0, head_dim, 2).double() / head_dim
+    angles = torch.arange(seqlen)[:, None, None] * params.get("rope_theta", 10000) ** -exponents
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
 
     def rotate(x: Tensor) -> Tensor:  # (seqlen, heads, head_dim)
-        out = torch.empty_like(x)
-        for m in range(seqlen):
-            for j in range(head_dim // 2):
-                angle = m * theta ** (-2 * j / head_dim)
-                cos, sin = math.cos(angle), math.sin(angle)
-                a, b = x[m, :, 2 * j], x[m, :, 2 * j + 1]
-                out[m, :, 2 * j] = a * cos - b * sin
-                out[m, :, 2 * j + 1] = a * sin + b * cos
-        return out
+        a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2)
 
     h = w["tok_embeddings"][tokens]
     for layer in range(params["n_layers"]):
@@ -87,25 +68,27 @@ def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCac
         return model.output(model.hidden(tokens, [Segment(start, len(tokens), cache)]))
 
 
-def test_a_prompt_and_each_decoded_token_agree_with_transformers(model, state, params):
+def test_a_prompt_and_each_decoded_token_agree_with_transformers(models):
+    model, _, peer = models
     with torch.no_grad():
-        expected = to_transformers(state, llama.ModelArgs(**params))(TOKENS).logits
+        expected = peer(TOKENS).logits
     assert relative_error(model(TOKENS[:, :5], 0), expected[:, 4]) < 1e-4
     for position in range(5, TOKENS.shape[1]):
         logits = model(TOKENS[:, position : position + 1], position)
         assert relative_error(logits, expected[:, position]) < 1e-4
 
 
-def test_every_position_agrees_with_the_naive_model(model, naive):
+def test_every_position_agrees_with_the_naive_model(models):
+    model, naive, _ = models
     assert relative_error(logits_of(model, LONG, 0, None), naive) < 1e-4
 
 
 @pytest.mark.parametrize("n_new", [1, 2, 8, 16, 17, 64, 65])
 @pytest.mark.parametrize("start", [1, 60, 100])
-def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(model, naive, start, n_new):
-    cache = model.new_cache(200)
+def test_tokens_after_a_cached_prefix_agree_with_the_naive_model(models, start, n_new):
+    model, naive, _ = models
+    cache, end = model.new_cache(200), start + n_new
     logits_of(model, LONG[:start], 0, cache)
-    end = start + n_new
     assert relative_error(logits_of(model, LONG[start:end], start, cache), naive[start:end]) < 1e-4
 
 
@@ -126,7 +109,8 @@ def test_attention_to_a_long_cache_is_the_softmax_of_its_scores(dtype, bound, n_
     assert relative_error(cache.attend(0, xq, end), expected) < bound
 
 
-def test_positions_beyond_the_context_are_refused(model):
+def test_positions_beyond_the_context_are_refused(models):
+    model, *_ = models
     n_tokens = model.args.max_seq_len - 2
     model(torch.ones(1, n_tokens, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match="max_seq_len"):

@@ -88,9 +88,7 @@ def test_number_of_threads(n_cores, n_bytes, flag, expected, tmp_path, monkeypat
         (60, 60, 0, 2, 1),
     ],
 )
-def test_cores_are_free_that_other_programs_do_not_use(
-    user, own, niceness, affinity, expected, monkeypatch
-):
+def test_cores_that_others_leave_are_free(user, own, niceness, affinity, expected, monkeypatch):
     times = CpuTimes(user=user / 2, system=7.5, nice=10.0, idle=32.5 - user / 2)  # of half a second
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda percpu: [times] * 4)
     monkeypatch.setattr(psutil.Process, "cpu_percent", lambda self: own)
