@@ -81,15 +81,10 @@ class QuantizedLinear(nn.Module):
         self.prepare_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        projection, residual = project_out(x, self.directions)
+        x32 = x.float()
+        projection = F.linear(x32, self.directions)  # u
+        residual = torch.addmm(x32, projection, self.directions, alpha=-1)  # r
         return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
-
-
-def project_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """u = U x and the residual r = x - U^T u, in fp32."""
-    x = x.float()
-    projection = F.linear(x, directions)
-    return projection, torch.addmm(x, projection, directions, alpha=-1)
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
