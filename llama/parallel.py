@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError
 from .linear import linear_by_blocks
@@ -181,13 +181,9 @@ def split_corrections(model: Transformer) -> None:
 def parallelize(model: Transformer) -> None:
     """Add the communication with which models of the ranks' parts compute the whole logits."""
     vocab_size, rank = model.args.vocab_size, dist.get_rank()
-    before, after = offset(vocab_size, rank), vocab_size - offset(vocab_size, rank + 1)
-
-    def sum_logits(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        return all_reduce(F.pad(output, (before, after)))
-
+    zeros = (offset(vocab_size, rank), vocab_size - offset(vocab_size, rank + 1))
     add_all_reduces(model)
-    model.output.register_forward_hook(sum_logits)
+    model.output.register_forward_hook(lambda _, inputs, part: all_reduce(F.pad(part, zeros)))
 
 
 def add_all_reduces(model: Transformer) -> None:
