@@ -36,11 +36,7 @@ MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
-    "top_p": (
-        float,
-        Sampling.top_p,
-        "draw from the top tokens that together have this probability",
-    ),
+    "top_p": (float, Sampling.top_p, "draw from top tokens that together have this probability"),
     "top_k": (int, None, "draw only from this many most probable tokens"),
     "repetition_penalty": (float, Sampling.repetition_penalty, "above 1: fewer repetitions"),
     "seed": (int, None, "the same seed and --threads give the same text on one machine"),
