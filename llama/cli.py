@@ -69,12 +69,11 @@ def run(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        discard_stdout()
-        sys.exit(141)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            discard_stdout()
+        # The flush of stdout at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
         fail(params_to_flags(str(error)))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -114,11 +113,6 @@ def fail(message: str) -> typing.NoReturn:
             print(message, file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for the other ranks
     sys.exit(message)
-
-
-def discard_stdout() -> None:
-    """Keep the flush of stdout at exit from failing again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def params_to_flags(message: str) -> str:
