@@ -30,8 +30,6 @@ class PromptLookup:
 
     def draft(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that may follow a context, at most `length`."""
-        if not self.limit:
-            return []
         for end in range(self.n_seen, len(tokens)):
             for n in NGRAMS:
                 self.continuations[tuple(tokens[max(end - n, 0) : end])] = end
