@@ -41,11 +41,9 @@ class KVCache:
         """Store keys and values, (n_tokens, n_kv_heads, head_dim), from start_pos on."""
         end = start_pos + len(xk)
         for block in range(start_pos // KEY_BLOCK, math.ceil(end / KEY_BLOCK)):
-            first = max(start_pos, block * KEY_BLOCK)
-            last = min(end, (block + 1) * KEY_BLOCK)
-            columns = slice(first - block * KEY_BLOCK, last - block * KEY_BLOCK)
-            new = xk[first - start_pos : last - start_pos]
-            self.keys[layer_id, block, :, :, columns] = new.permute(1, 2, 0)
+            first = block * KEY_BLOCK - start_pos  # of the block, counted from start_pos
+            new, column = xk[max(first, 0) : first + KEY_BLOCK], max(-first, 0)
+            self.keys[layer_id, block, :, :, column : column + len(new)] = new.permute(1, 2, 0)
         self.values[layer_id, :, start_pos:end] = xv.transpose(0, 1)
 
     def read(self, layer_id: int, start: int, end: int) -> tuple[Tensor, Tensor]:
