@@ -19,14 +19,11 @@ FEW_TOKENS = 16  # up to here sums of rows are faster than matrix products
 
 
 class KVCache:
-    """Keys and values of every layer.
+    """Keys and values of every layer, for `length` positions of one sequence.
 
     Attributes:
         keys: K^T in blocks of positions, (n_layers, n_blocks, n_kv_heads, head_dim, KEY_BLOCK).
         values: V, (n_layers, n_kv_heads, n_blocks * KEY_BLOCK, head_dim).
-
-    Args:
-        length: Number of positions.
     """
 
     def __init__(
