@@ -210,7 +210,7 @@ class LLaMA:
         for sequence in sequences:
             sequence.n_cached = min(sequence.n_cached, len(sequence.tokens) - 1)
         n_prompt = sum(len(sequence.tokens) - sequence.n_cached for sequence in sequences)
-        self.prefill(sequences)
+        self.prefill(sequences, n_prompt)
         while active := [c for c in sequences if len(c.uniforms) and len(c.tokens) < limit]:
             new = list(chain.from_iterable(self.step(active, sampling)))
             seconds = time.perf_counter() - begin
@@ -231,18 +231,17 @@ class LLaMA:
                 timings.stopped_at = f"`max_gen_len={sampling.max_gen_len}`"
 
     @torch.inference_mode()
-    def prefill(self, sequences: Sequence[SequenceState]) -> None:
-        """Run the sequences' tokens except the last PREFILL_TOKENS, which `step` runs."""
-        rest = n_missing = sum(len(sequence.tokens) - sequence.n_cached for sequence in sequences)
+    def prefill(self, sequences: Sequence[SequenceState], n_tokens: int) -> None:
+        """Run n_tokens, all that the caches lack, except PREFILL_TOKENS, which `step` runs."""
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
-        with tqdm(desc="reading", total=n_missing, **options) as bar:
+        with tqdm(desc="reading", total=n_tokens, **options) as bar:
             for sequence in sequences:
-                while rest > PREFILL_TOKENS and len(sequence.tokens) - sequence.n_cached > 1:
+                while n_tokens > PREFILL_TOKENS and len(sequence.tokens) - sequence.n_cached > 1:
                     chunk = sequence.tokens[sequence.n_cached : -1][:PREFILL_TOKENS]
                     self.feed([sequence], [chunk])
                     sequence.n_cached += len(chunk)
-                    rest -= len(chunk)
+                    n_tokens -= len(chunk)
                     bar.update(len(chunk))
 
     @torch.inference_mode()
