@@ -28,8 +28,6 @@ year, and the farmers on its banks have learned to keep their animals away from 
 program that reads the level of the water every ten minutes and sends a message when it is too high.
 It is not a large program: a few functions, a table, and a loop that waits for the next reading."""
 
-OnQuantized = Callable[[str, nn.Module], None]
-
 
 @functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input
 def input_directions(x: Tensor, k: int) -> Tensor:
@@ -53,7 +51,7 @@ def check_finite(name: str, *tensors: Tensor) -> None:
 
 @torch.inference_mode()
 def calibrate(
-    model: Transformer, weights: Mapping[str, Weight], tokens: Tensor, on_quantized: OnQuantized
+    model: Transformer, weights: Mapping[str, Weight], tokens: Tensor, on_quantized: Callable
 ) -> None:
     """Fill the quantized layers of a model, in the order of the forward pass.
 
