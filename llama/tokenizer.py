@@ -10,9 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from .errors import UserError, check_file
 
 # sentencepiece decodes each byte that is not UTF-8 to one U+FFFD.
-codecs.register_error(
-    "replace_each", lambda error: ("\ufffd" * (error.end - error.start), error.end)
-)
+codecs.register_error("replace_each", lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
 class Tokenizer:
