@@ -237,9 +237,7 @@ def find_tokenizer(folder: Path) -> Path | None:
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:
     """The texts to continue: arguments, stdin for -, and files."""
     # Bytes of the command line that are not UTF-8 become U+FFFD.
-    texts = [
-        read_stdin() if p == "-" else os.fsencode(p).decode("utf-8", "replace") for p in prompts
-    ]
+    texts = [read_stdin() if p == "-" else os.fsencode(p).decode(errors="replace") for p in prompts]
     for path in prompt_files or ():
         try:
             texts.append(Path(path).read_text(encoding="utf-8-sig").removesuffix("\n"))
