@@ -58,11 +58,7 @@ def read_messages() -> Iterator[str]:
 
 
 def open_history() -> Callable[[str], None]:
-    """Let input() edit lines, and recall messages of this and earlier sessions.
-
-    Returns:
-        A function that remembers a message.
-    """
+    """Let input() edit lines and recall messages; returns a function that remembers one."""
     try:
         import readline
     except ImportError:  # Windows' console has editing and history of its own
