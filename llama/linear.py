@@ -53,20 +53,18 @@ def int8_pack(weight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
-def int8_linear(
-    q: Tensor, x_scale: Tensor | float, packed: Tensor, weight_scales: Tensor
-) -> Tensor:
-    """fp32 (x_scale * (q - 128)) (weight_scales * W)^T.
+def int8_linear(q: Tensor, x_scale: Tensor | float, packed: Tensor, scales: Tensor) -> Tensor:
+    """fp32 (x_scale * (q - 128)) (scales * W)^T.
 
     Args:
         q: uint8 (n, k).
         x_scale: fp32 (n, 1), or a number for all rows.
         packed: int8 W, (m, k), as `int8_pack` returns it.
-        weight_scales: fp32 (m,).
+        scales: fp32 (m,).
     """
     one_scale = isinstance(x_scale, float)
     y = torch.ops.onednn.qlinear_pointwise(
-        *(q, x_scale if one_scale else 1.0, 128, packed, weight_scales, ZERO_POINT),
+        *(q, x_scale if one_scale else 1.0, 128, packed, scales, ZERO_POINT),
         *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
     return y if one_scale else y.mul_(x_scale)
