@@ -16,7 +16,7 @@ WORKING_MEMORY = 3 * 10**8  # bytes for activations and PyTorch itself
 
 
 def read_number(path: Path, name: str = "") -> int | None:
-    """The number after a name in one of the kernel's files; None if there is none."""
+    """The number after a name (a pattern) in one of the kernel's files; None if there is none."""
     try:
         found = re.search(rf"^{name}:?\s*(\d+)( kB)?", path.read_text(), re.MULTILINE)
     except OSError:
@@ -68,11 +68,9 @@ def available_cpus(root: Path = ROOT) -> int:
     """Cores that this process may use: by its affinity and by the container's CPU quota."""
     cores = len(affinity() or ()) or psutil.cpu_count(logical=False) or 1
     for folder in cgroup_folders("cpu", root):
-        quota = read_number(folder / "cpu.cfs_quota_us")
-        period = read_number(folder / "cpu.cfs_period_us")
-        if (folder / "cpu.max").exists():  # "QUOTA PERIOD" or "max PERIOD"
-            numbers = (folder / "cpu.max").read_text().split()
-            quota, period = (int(n) if n.isdigit() else None for n in numbers)
+        both = folder / "cpu.max"  # "QUOTA PERIOD" or "max PERIOD"
+        quota = read_number(both) or read_number(folder / "cpu.cfs_quota_us")
+        period = read_number(both, r"\S+") or read_number(folder / "cpu.cfs_period_us")
         if quota and period:
             cores = min(cores, math.ceil(quota / period))
     return cores
