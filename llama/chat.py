@@ -89,7 +89,6 @@ class Chat:
     stays. Each turn computes only its own tokens.
 
     Args:
-        llama: The model.
         style: The prompt format, one of STYLES.
         system: The system prompt. None: the style's; "": no system prompt.
         sampling: How replies are drawn; max_gen_len limits one reply.
