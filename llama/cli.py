@@ -140,13 +140,12 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,  # with -h it would take -hello for -h ello
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage="python %(prog)s [--FLAG VALUE ...]" + " [PROMPT ...]" * bool(prompts),
         )
-        self.usage = f"python {self.prog} [--FLAG VALUE ...]"
         versions = f"llama-cpu {__version__}, torch {torch.__version__}"
         self.add_argument("--help", action="help", help="show this page (also -h)")
         self.add_argument("--version", action="version", version=versions)
         if prompts:
-            self.usage += " [PROMPT ...]"
             self.add_argument("prompts", nargs="*", metavar="PROMPT", help=prompts)
         for name, (kind, default, text) in flags.items():
             if kind is bool:
