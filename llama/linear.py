@@ -219,9 +219,8 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) <= FEW_TOKENS:
-            n_blocks, in_features, _ = self.table.shape
-            rows = all_rows(n_blocks, in_features)
-            sums = [weighted_sums(self.table, rows, row.expand(n_blocks, -1)) for row in x]
+            rows = all_rows(*self.table.shape[:2])
+            sums = [weighted_sums(self.table, rows, row.expand(len(rows), -1)) for row in x]
             return torch.stack(sums).flatten(1)[:, : self.out_features]
         x32 = x.float()
         multiply = onednn_linear if is_amd() and has_onednn(torch.float32) else F.linear
