@@ -56,9 +56,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, out_features: int, in_features: int, n_directions: int):
         super().__init__()
-        bf16 = functools.partial(torch.empty, dtype=torch.bfloat16)
-        self.register_buffer("directions", bf16(n_directions, in_features))
-        self.register_buffer("corrections", bf16(n_directions, out_features))
+        self.register_buffer("directions", torch.empty(n_directions, in_features).bfloat16())
+        self.register_buffer("corrections", torch.empty(n_directions, out_features).bfloat16())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,9 +153,8 @@ class Int4Linear(QuantizedLinear):
         super().__init__(out_features, in_features, n_directions)
         n_groups = in_features // int4_group_size(in_features)
         weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-        groups = torch.empty(n_groups, out_features, 2, dtype=torch.bfloat16)
         self.register_buffer("weight", weight)
-        self.register_buffer("groups", groups)
+        self.register_buffer("groups", torch.empty(n_groups, out_features, 2, dtype=torch.bfloat16))
         self.interleaving = 0  # of weight, see unpack_int4
 
     @property
