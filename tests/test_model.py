@@ -45,10 +45,8 @@ def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Te
     for layer in range(params["n_layers"]):
         at = f"layers.{layer}."
         x = norm(h, at + "attention_norm")
-        q, k, v = (
-            (x @ w[f"{at}attention.{name}"].T).view(seqlen, -1, head_dim)
-            for name in ("wq", "wk", "wv")
-        )
+        products = (x @ w[f"{at}attention.{name}"].T for name in ("wq", "wk", "wv"))
+        q, k, v = (product.view(seqlen, -1, head_dim) for product in products)
         k, v = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (rotate(k), v))
         scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head_dim)
         future = torch.ones(seqlen, seqlen).triu(1).bool()
