@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
         raise UserError("run merge-weights.py without torchrun: it is one process")
     folder, target = Path(args.input_dir, args.model_size or ""), Path(args.output_dir)
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
-    # Meta's params.json goes along, but not into the repository, the default of output_dir.
+    # Meta's params.json is copied, but not into the repository, the default of output_dir.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import commonprefix  # works for any sequences
 
 import torch
 
-from .generation import LLaMA, SequenceState, Timings, check_length
+from .generation import LLaMA, SequenceState, Timings, check_length, common_length
 from .lookup import PromptLookup
 from .sampling import Sampling
 from .tokenizer import split_at
@@ -65,8 +64,9 @@ STYLES = {
         system="A chat between a curious user and an artificial intelligence assistant. The"
         " assistant gives helpful, detailed, and polite answers to the user's questions.",
     ),
-    # Mistral-Instruct.
+    # Mistral-Instruct, to version 0.2, and since.
     "mistral": Style("[INST] {preamble}{user} [/INST]", "</s>", "{system}\n\n"),
+    "mistral-v3": Style("[INST] {preamble}{user}[/INST]", "</s>", "{system}\n\n"),
     # TinyLlama-Chat 1.0 and Zephyr.
     "zephyr": Style(
         turn="{preamble}<|user|>\n{user}</s>\n<|assistant|>\n",
@@ -158,7 +158,7 @@ class Chat:
         template = self.template()
         ids = self.encode(template, message)
         # Ids of this turn before its message, and ids that eviction never removes.
-        n_before = len(commonprefix([ids, self.encode(template.partition("{user}")[0], "")]))
+        n_before = common_length(ids, self.encode(template.partition("{user}")[0], ""))
         n_kept = self.message_starts[0] if self.message_starts else n_before
         length = n_kept + len(ids) - n_before
         check_length("this message, with what always precedes it,", length, self.limit)

@@ -13,7 +13,7 @@ from .errors import UserError
 from .model import ModelArgs, Transformer
 from .params import read_params, to_model_args
 from .tokenizer import Tokenizer
-from .weights import FORMAT, Weight, open_shards, quantization_of
+from .weights import FORMAT_KEY, Weight, open_shards, quantization_of
 
 VERSION = 3  # of the format of quantized checkpoints
 SCHEMES = ("int8", "int4")
@@ -48,8 +48,9 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def is_huggingface(folder: Path) -> bool:
-    """True if the weights are in Hugging Face's format and not, or not also, in Meta's."""
-    return (folder / "config.json").exists() and not find_files(folder)
+    """True if there are weights in Hugging Face's format, and config.json."""
+    found = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+    return found and (folder / "config.json").exists()
 
 
 def has_weights(folder: Path) -> bool:
@@ -66,25 +67,18 @@ def nearest_tokenizer(folder: Path) -> Path:
     return above if is_shared and not path.exists() else path
 
 
-def check_files(folder: Path, paths: list[Path], argument: str) -> list[Path]:
-    """Return the paths; raise UserError if there are none, or a shard is missing.
-
-    argument: Name of the parameter that holds `folder`, for errors.
-    """
+def check_folder(folder: Path, argument: str) -> None:
+    """Raise UserError unless a directory has weights. argument: The parameter that names it."""
     remedy = f"set `{argument}` to the directory of the weights"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a directory: {remedy}")
     if not folder.exists():
         raise UserError(f"there is no directory {folder}{found_in(folder.parent)}: {remedy}")
-    if not paths:
-        if [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-            remedy = "download config.json and tokenizer.model too"
-        missing = f"consolidated.*.pth and no merged.pth{found_in(folder)}"
-        raise UserError(f"{folder} has no {missing}: {remedy}")
-    for number, path in enumerate(paths):
-        if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
-            raise UserError(f"{path} exists, but consolidated.{number:02}.pth is missing")
-    return paths
+    if not has_weights(folder):
+        raise UserError(
+            f"{folder} has no weights{found_in(folder)}: {remedy}, which are merged.pth, "
+            "consolidated.*.pth, or config.json with *.safetensors or pytorch_model*.bin"
+        )
 
 
 def found_in(folder: Path) -> str:
@@ -122,13 +116,13 @@ def model_args(
     weights: dict[str, Weight],
     tokenizer: Tokenizer | None,
     path: Path,
-    names: Mapping[str, str],
+    aliases: Mapping[str, str],
 ) -> ModelArgs:
     """The model's shape, checked against the tokenizer and the shapes of the weights.
 
     Args:
         path: The file of the params, for errors.
-        names: What the files call a weight, where that differs, for errors.
+        aliases: What the files call a weight, where that differs, for errors.
     """
     embedding = weights.get("tok_embeddings.weight")
     if embedding is None:
@@ -141,11 +135,11 @@ def model_args(
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
     expected = model.state_dict()
-    for name in (*expected, *(weights.keys() - {FORMAT})):
+    for name in (*expected, *(weights.keys() - {FORMAT_KEY})):
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
-                f"{path.parent}: {names.get(name, name)} is {found}, but by {path.name} should be "
+                f"{path.parent}: {aliases.get(name, name)} is {found}, but by {path.name} should be "
                 f"{wanted}: a file is missing, or they are of different models"
             )
     return args
@@ -160,7 +154,7 @@ def describe(tensor: Weight | Tensor | None) -> str:
 
 def check_version(weights: dict[str, Weight], folder: Path) -> None:
     """Refuse weights that another version of this program has quantized."""
-    version = weights[FORMAT].read(torch.uint8).tolist() if FORMAT in weights else [1]
+    version = weights[FORMAT_KEY].read(torch.uint8).tolist() if FORMAT_KEY in weights else [1]
     if quantization_of(weights) and version != [VERSION]:
         raise UserError(
             f"{folder}: the weights were quantized by another version of this program (format "

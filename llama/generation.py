@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
-from os.path import commonprefix  # works for any sequences
 
 import torch
 from torch import Tensor
@@ -75,6 +74,11 @@ def check_length(name: str, length: int, limit: int) -> None:
             f"{name} is {length} tokens long and the context {limit}: shorten it, or set "
             f"`max_seq_len` above {length}"
         )
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common, from the first on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
 class LLaMA:
@@ -211,7 +215,7 @@ class LLaMA:
             sequence.n_cached = min(sequence.n_cached, len(sequence.tokens) - 1)
         n_prompt = sum(len(sequence.tokens) - sequence.n_cached for sequence in sequences)
         self.prefill(sequences, n_prompt)
-        while active := [c for c in sequences if len(c.uniforms) and len(c.tokens) < limit]:
+        while active := [s for s in sequences if len(s.uniforms) and len(s.tokens) < limit]:
             new = list(chain.from_iterable(self.step(active, sampling)))
             seconds = time.perf_counter() - begin
             if n_prompt:
@@ -232,7 +236,7 @@ class LLaMA:
 
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[SequenceState], n_tokens: int) -> None:
-        """Run n_tokens, all that the caches lack, except PREFILL_TOKENS, which `step` runs."""
+        """Run all but PREFILL_TOKENS of the n_tokens that the caches lack; `step` runs the rest."""
         # The bar appears if the prefill takes more than 2 seconds.
         options = {"unit": " tokens", "delay": 2, "leave": False, "disable": None}
         with tqdm(desc="reading", total=n_tokens, **options) as bar:
@@ -253,17 +257,17 @@ class LLaMA:
             and one more.
         """
         limit = self.model.args.max_seq_len
-        most = [min(len(c.uniforms), limit - len(c.tokens)) - 1 for c in sequences]
-        drafts = [c.lookup.draft(c.tokens)[:n] for c, n in zip(sequences, most)]
+        most = [min(len(s.uniforms), limit - len(s.tokens)) - 1 for s in sequences]
+        drafts = [s.lookup.draft(s.tokens)[:n] for s, n in zip(sequences, most)]
         sizes = [len(draft) + 1 for draft in drafts]
-        chunks = [[*c.tokens[c.n_cached :], *draft] for c, draft in zip(sequences, drafts)]
+        chunks = [[*s.tokens[s.n_cached :], *draft] for s, draft in zip(sequences, drafts)]
         hidden = self.feed(sequences, chunks).split([len(chunk) for chunk in chunks])
         rows = torch.cat([states[-size:] for states, size in zip(hidden, sizes)])
         logits = self.model.output(rows).float()[:, : self.tokenizer.n_words]
 
-        uniforms = torch.cat([c.uniforms[:size] for c, size in zip(sequences, sizes)])
+        uniforms = torch.cat([s.uniforms[:size] for s, size in zip(sequences, sizes)])
         pairs = list(zip(sequences, drafts))
-        preceding = (c.tokens + draft[:n] for c, draft in pairs for n in range(len(draft) + 1))
+        preceding = (s.tokens + draft[:n] for s, draft in pairs for n in range(len(draft) + 1))
         drawn = sample(logits, preceding, uniforms, sampling)
         if torch.distributed.is_initialized():  # CPUs may differ in the last bit of a probability
             torch.distributed.broadcast(drawn, 0)
@@ -276,7 +280,7 @@ class LLaMA:
             torch.set_num_threads(min(free_cores(), self.max_threads))
             self.cores_counted_at = now
         pairs = zip(sequences, chunks)
-        segments = [Segment(c.n_cached, len(chunk), c.cache) for c, chunk in pairs]
+        segments = [Segment(s.n_cached, len(chunk), s.cache) for s, chunk in pairs]
         return self.model.hidden(torch.tensor([*chain.from_iterable(chunks)]), segments)
 
     def accept(self, sequence: SequenceState, draft: Sequence[int], drawn: list[int]) -> list[int]:
@@ -284,7 +288,7 @@ class LLaMA:
 
         The next pass overwrites the keys and values of rejected tokens.
         """
-        n_accepted = len(commonprefix([draft, drawn]))
+        n_accepted = common_length(draft, drawn)
         new = list(takewhile(lambda t: t not in self.tokenizer.eos_ids, drawn[: n_accepted + 1]))
         is_end = len(new) <= n_accepted
         sequence.n_cached = len(sequence.tokens) + min(n_accepted, len(new))

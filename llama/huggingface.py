@@ -5,7 +5,6 @@ A folder has config.json, tokenizer.model, and weights as safetensors or as torc
 
 import json
 import re
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from .checkpoint import Checkpoint, empty_model, model_args, open_tokenizer
 from .errors import UserError, check_file
 from .params import check_params, read_json, to_model_args
 from .tokenizer import Tokenizer
-from .weights import UNUSED, Weight, check_tensor, read_tensors
+from .weights import UNUSED_SUFFIXES, Weight, check_tensor, read_tensors
 
 FIELDS = {  # key of params.json: key of config.json
     "dim": "hidden_size",
@@ -44,7 +43,7 @@ NAMES = {  # Meta's names: Hugging Face's
 }
 EMBEDDING = "model.embed_tokens.weight"
 PERMUTED = (".wq.weight", ".wk.weight")  # see `permute`
-FILES = (  # of weights: the first of these that a folder has
+FILES = (  # the first of these pairs of which a folder has a file holds its weights
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 )
@@ -52,6 +51,7 @@ CHAT_STYLES = {  # pattern in a chat template: its style; the first that matches
     r"<\|im_start\|>": "chatml",
     r"<\|user\|>.{1,40}eos_token": "zephyr",
     "<<SYS>>": "llama2",
+    r"[\"']\[/INST\]": "mistral-v3",
     r"\[INST\]": "mistral",
 }
 
@@ -67,13 +67,13 @@ def open_huggingface(folder: Path, tokenizer_path: str | Path | None) -> Checkpo
     path = folder / "config.json"
     tokenizer_path = Path(tokenizer_path or folder / "tokenizer.model")
     config = read_json(path)
+    params = to_params(config, path)
     if not tokenizer_path.exists():
         raise UserError(
             f"there is no {tokenizer_path}: download it too (models that come with tokenizer.json "
             "alone are not supported)"
         )
-    params = to_params(config, path)
-    params |= read_tokens(folder, config, Tokenizer(tokenizer_path).n_words)
+    params |= read_tokens(folder, config, Tokenizer(tokenizer_path))
     files = {
         "params.json": json.dumps(params, indent=2).encode(),
         "tokenizer.model": tokenizer_path.read_bytes(),
@@ -82,15 +82,15 @@ def open_huggingface(folder: Path, tokenizer_path: str | Path | None) -> Checkpo
     if config.get("tie_word_embeddings") and EMBEDDING in tensors:
         tensors["lm_head.weight"] = tensors[EMBEDDING]
     args, weights = to_model_args(params, path, params["vocab_size"]), {}
-    hf_names = {name: hf_name(name) for name in empty_model(args, None, whole=True).state_dict()}
-    names = {theirs: ours for ours, theirs in hf_names.items()}
-    for name, tensor in tensors.items():
-        if not name.endswith(UNUSED):
-            label = f"{folder}: {name}"
-            check_tensor(tensor, label)
-            weights[names.get(name, name)] = Weight(label, [tensor], 0, tensor.shape, mapped)
+    aliases = {name: hf_name(name) for name in empty_model(args, None, whole=True).state_dict()}
+    for name, alias in aliases.items():
+        if (tensor := tensors.pop(alias, None)) is not None:
+            check_tensor(tensor, f"{folder}: {alias}")
+            weights[name] = Weight(f"{folder}: {alias}", [tensor], 0, tensor.shape, mapped)
+    if others := [name for name in tensors if not name.endswith(UNUSED_SUFFIXES)]:
+        raise UserError(f"{folder} has {others[0]}, which config.json's model does not have")
     tokenizer = open_tokenizer(tokenizer_path, params)
-    args = model_args(params, weights, tokenizer, path, hf_names)
+    args = model_args(params, weights, tokenizer, path, aliases)
     for name, weight in weights.items():
         if name.endswith(PERMUTED):
             weight.parts = [permute(weight.parts[0], args.head_dim)]
@@ -107,9 +107,10 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if missing := [FIELDS[ours] for ours in FIELDS.keys() - OPTIONAL - params.keys()]:
         raise UserError(f"{path} has no {missing[0]}: this is not a LLaMA model")
     rope = config.get("rope_parameters")  # since transformers 5
-    rope = rope if isinstance(rope, dict) else config  # and before
-    if rope.get("rope_theta") is not None:
-        params["rope_theta"] = rope["rope_theta"]
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    theta = config.get("rope_theta") if theta is None else theta  # before
+    if theta is not None:
+        params["rope_theta"] = theta
     check_params(params, path, FIELDS)
     # With this, ModelArgs.hidden_dim is exactly intermediate_size.
     params["ffn_dim_multiplier"] = params["multiple_of"] / int(2 / 3 * 4 * params["dim"])
@@ -133,11 +134,8 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return params
 
 
-def read_tokens(folder: Path, config: dict[str, Any], n_words: int) -> dict[str, Any]:
-    """added_tokens, eos_token_id and chat_style, as keys of params.json.
-
-    n_words: Number of the tokenizer's own tokens.
-    """
+def read_tokens(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """added_tokens, eos_token_id and chat_style, as keys of params.json."""
 
     def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).exists() else {}
@@ -152,22 +150,20 @@ def read_tokens(folder: Path, config: dict[str, Any], n_words: int) -> dict[str,
         ends += value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and token >= 0 for token in [*added.values(), *ends]):
         raise UserError(f"{folder}: eos_token_id or an added token is not a token id")
-    # Ids beyond the embedding have no meaning: some Llama 2 folders list a <pad> there.
-    ids = range(n_words, config["vocab_size"])
+    # Ids beyond the embedding have no meaning: some Llama 2 folders list a <pad> there. Mistral's
+    # [INST] is a control token of the tokenizer, which it does not recognize in a text.
+    ids = {*range(tokenizer.n_words, config["vocab_size"])}
+    control = filter(tokenizer.sp_model.is_control, range(tokenizer.n_words))
+    ids |= {*control} - {tokenizer.bos_id, tokenizer.eos_id}
     template = tokenizer_config.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     text = json.dumps(template)  # of a text, or of a list of named templates
     found = {
-        "added_tokens": {text: token for text, token in added.items() if token in ids},
+        "added_tokens": {text: token for text, token in added.items() if text and token in ids},
         "eos_token_id": sorted({*ends}),
         "chat_style": next((s for mark, s in CHAT_STYLES.items() if re.search(mark, text)), None),
     }
-    if template and not found["chat_style"]:
-        warnings.warn(
-            "the folder's chat template is not known: choose the `style` of a chat yourself",
-            stacklevel=2,
-        )
     return {key: value for key, value in found.items() if value}
 
 
@@ -191,15 +187,14 @@ def permute(tensor: Tensor, head_dim: int) -> Tensor:
 def find_weights(folder: Path) -> list[Path]:
     """The files of weights: those of the index file if there is one, otherwise one complete set."""
     for single, several in FILES:
-        index = folder / f"{single}.index.json"
-        if index.exists():
+        index, paths = folder / f"{single}.index.json", sorted(folder.glob(several))
+        if index.exists() and paths:
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict):
                 raise UserError(f"{index} has no weight_map")
             return [folder / name for name in sorted({*map(str, names.values())})]
         if (folder / single).exists():
             return [folder / single]
-        paths = sorted(folder.glob(several))
         for number, path in enumerate(paths, 1):
             if not path.stem.endswith(f"-{number:05}-of-{len(paths):05}"):
                 raise UserError(

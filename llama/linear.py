@@ -126,7 +126,8 @@ def has_int8pack() -> bool:
 def int4_interleaving() -> int:
     """How many rows PyTorch's 4-bit layout interleaves on this CPU; 0 if it is not known.
 
-    Known layouts pack n rows together: for each input, byte j has row j (low) and j + n / 2 (high).
+    Known layouts pack n rows together. Each input has n / 2 bytes: byte j holds row j in its low
+    half and row j + n / 2 in its high half.
     """
     q = (torch.arange(128)[:, None] * 7 + torch.arange(64) * 3) % 16
     try:

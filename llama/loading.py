@@ -12,9 +12,10 @@ from tqdm import tqdm
 from .checkpoint import (
     SCHEMES,
     Checkpoint,
-    check_files,
+    check_folder,
     empty_model,
     find_files,
+    find_shards,
     is_huggingface,
     nearest_tokenizer,
     open_meta,
@@ -30,21 +31,21 @@ from .weights import Weight, quantization_of
 
 
 def open_checkpoint(
-    folder: Path, paths: list[Path], tokenizer_path: str | Path | None, argument: str
+    folder: Path, tokenizer_path: str | Path | None, originals: bool = False
 ) -> Checkpoint:
     """Open a model in Meta's or Hugging Face's format.
 
     Args:
         folder: The directory of the model.
-        paths: merged.pth or all shards. Empty: there are none.
         tokenizer_path: Default: tokenizer.model in the folder or, for Meta's format, beside it.
-        argument: Name of the parameter that holds `folder`, for errors.
+        originals: Prefer shards, and weights in Hugging Face's format, to merged.pth.
     """
-    if is_huggingface(folder):
+    paths = find_shards(folder) if originals else find_files(folder)
+    if not paths and is_huggingface(folder):
         from .huggingface import open_huggingface
 
         return open_huggingface(folder, tokenizer_path)
-    return open_meta(folder, check_files(folder, paths, argument), tokenizer_path)
+    return open_meta(folder, paths or find_files(folder), tokenizer_path)
 
 
 def check_memory(weights: dict[str, Weight], args: ModelArgs, quantize: str | None) -> None:
@@ -89,7 +90,7 @@ def load(
 ) -> LLaMA:
     """Load a model and its tokenizer. Weights and activations have torch's default dtype.
 
-    Under torchrun every rank loads its part.
+    Where the ranks of llama/parallel.py run, every rank loads its part.
 
     Args:
         ckpt_dir: Directory with params.json and merged.pth or consolidated.*.pth, or a Hugging Face
@@ -109,9 +110,8 @@ def load(
         check(good, name, f"an integer from 1 to {LARGEST}", value)
     check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
     folder = Path(ckpt_dir)
-    weights, params, args, tokenizer, _ = open_checkpoint(
-        folder, find_files(folder), tokenizer_path, "ckpt_dir"
-    )
+    check_folder(folder, "ckpt_dir")
+    weights, params, args, tokenizer, _ = open_checkpoint(folder, tokenizer_path)
     if tokenizer is None:
         raise UserError(
             f"there is no tokenizer {tokenizer_path or nearest_tokenizer(folder)}: tokenizer.model "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 NGRAMS = (3, 2)  # n of the n-grams that are looked up, longest first
-FIRST_LENGTH = 4  # of a draft
+FIRST_LENGTH = 4  # tokens of the first draft
 MAX_PAUSE = 32  # passes without a draft
 
 

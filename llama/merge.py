@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .checkpoint import (
     VERSION,
     Checkpoint,
-    check_files,
+    check_folder,
     empty_model,
     find_files,
     find_shards,
@@ -22,22 +22,24 @@ from .checkpoint import (
 )
 from .errors import UserError
 from .loading import open_checkpoint
-from .weights import FORMAT, as_bytes, open_shards, quantization_of
+from .weights import FORMAT_KEY, as_bytes, open_shards, quantization_of
 
 
 def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Checkpoint:
     """Open Meta's shards or merged.pth, or a Hugging Face folder.
 
     Args:
-        folder: The directory of the weights. Without params.json it can be merged as it is.
-        copy_files: Copy Meta's params.json and tokenizer.model too.
+        folder: The directory of the weights. Without params.json they can be merged, not quantized.
+        copy_files: Copy Meta's params.json and tokenizer.model too. Those of a Hugging Face folder
+            are always written.
         tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
     """
+    check_folder(folder, "input_dir")
     params_path, paths = folder / "params.json", find_shards(folder) or find_files(folder)
     if paths and not params_path.exists():
-        return Checkpoint(open_shards(check_files(folder, paths, "input_dir")), {}, None, None, {})
-    checkpoint = open_checkpoint(folder, paths, tokenizer_path, "input_dir")
-    if paths and copy_files:
+        return Checkpoint(open_shards(paths), {}, None, None, {})
+    checkpoint = open_checkpoint(folder, tokenizer_path, originals=True)
+    if copy_files and not checkpoint.files:
         extras = (params_path, nearest_tokenizer(folder))
         checkpoint.files.update({path.name: path.read_bytes() for path in extras if path.exists()})
     return checkpoint
@@ -78,15 +80,15 @@ def write_merged(
         if is_new:
             stack.callback(remove_if_empty, output_dir)
         partial = stack.enter_context(atomic_write(target, overwrite))
-        for name, content in source.files.items():
-            path = output_dir / name
-            if not (path.is_file() and path.read_bytes() == content):
-                stack.enter_context(atomic_write(path, overwrite)).write_bytes(content)
+        paths = {output_dir / name: content for name, content in source.files.items()}
+        changed = [p for p, c in paths.items() if not (p.is_file() and p.read_bytes() == c)]
+        for path in changed:
+            stack.enter_context(atomic_write(path, overwrite)).write_bytes(paths[path])
         if quantize:
             save_quantized(partial, source, quantize)
         else:
             save_converted(partial, source, dtype)
-        if overwrite and source.files:  # old weights are never beside new params.json
+        if overwrite and changed:  # old weights are never beside new params.json
             target.unlink(missing_ok=True)
     return target
 
@@ -127,31 +129,31 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def save_converted(path: Path, source: Checkpoint, dtype: torch.dtype | None) -> None:
+def save_converted(target: Path, source: Checkpoint, dtype: torch.dtype | None) -> None:
     """Save the weights of a checkpoint, in this dtype or as they are."""
     state = {
         name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
         for name, weight in source.weights.items()
     }
-    with tensor_writer(path, state) as write:
+    with tensor_writer(target, state) as write:
         for name, weight in source.weights.items():
             write(name, weight.read(state[name].dtype))
 
 
-def save_quantized(path: Path, source: Checkpoint, scheme: str) -> None:
+def save_quantized(target: Path, source: Checkpoint, scheme: str) -> None:
     """Save a checkpoint whose weights are quantized on the way."""
     from .quantization.calibration import calibrate, calibration_tokens
 
     model = empty_model(source.args, scheme)
     version = torch.tensor([VERSION], dtype=torch.uint8)
-    with tensor_writer(path, model.state_dict() | {FORMAT: version}) as write:
+    with tensor_writer(target, model.state_dict() | {FORMAT_KEY: version}) as write:
 
         def on_quantized(path: str, layer: nn.Module) -> None:
             for name, buffer in layer.state_dict(prefix=f"{path}.").items():
                 write(name, buffer)
             layer.to("meta")
 
-        write(FORMAT, version)
+        write(FORMAT_KEY, version)
         for name, tensor in model.named_parameters():
             write(name, source.weights[name].read(tensor.dtype))
         tokens = calibration_tokens(source.tokenizer, source.args.vocab_size)
@@ -184,6 +186,8 @@ def tensor_writer(path: Path, state: Mapping[str, Tensor]) -> Iterator[Callable]
             bar.update(tensor.nbytes)
 
         yield write
+        file.flush()
+        os.fsync(file.fileno())  # on the disk, before anything is replaced
 
 
 def reserve(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:

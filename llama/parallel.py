@@ -132,6 +132,10 @@ def shard_range(name: str, shape: torch.Size, args: ModelArgs) -> tuple[int, int
 
 def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weight]:
     """This rank's part of every weight."""
+    if len(links) < dist.get_world_size() - 1:
+        raise UserError(
+            "the ranks are not connected: start them by llama.parallel.init_distributed"
+        )
     parts = {}
     for name, weight in weights.items():
         parts[name] = weight
@@ -139,7 +143,7 @@ def shard_weights(weights: dict[str, Weight], args: ModelArgs) -> dict[str, Weig
             dim, start, end = where
             shape, tensors = list(weight.shape), []
             shape[dim] = end - start
-            # The rows of a permuted q or k are divided by heads.
+            # Dimension 0 of a permuted q or k counts heads, each of n_rows rows.
             n_rows = weight.shape[dim] // sum(part.shape[dim] for part in weight.parts)
             start, end = start // n_rows, end // n_rows
             for tensor in weight.parts:

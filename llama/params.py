@@ -1,4 +1,4 @@
-"""params.json: the shape of a model, and extra keys of converted models."""
+"""params.json: the shape of a model, and keys that llama/huggingface.py adds."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ KEYS = {
     **dict.fromkeys(("dim", "multiple_of", "n_heads", "n_kv_heads", "n_layers", "vocab_size"), int),
     **dict.fromkeys(("norm_eps", "rope_theta", "ffn_dim_multiplier"), float),
     **dict.fromkeys(("max_batch_size", "max_seq_len"), int),
-    # Beside Meta's keys, written by llama/huggingface.py:
+    # Beside Meta's keys, from a Hugging Face folder:
     "sliding_window": int,  # the longest context in which every token attends to all before it
     "max_position_embeddings": int,  # the longest context that the model was trained on
     "eos_token_id": list,  # ids that end a sequence, beside the tokenizer's </s>
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object with keys such as dim and n_layers")
+        raise UserError(f"{path} is not a JSON object")
     return found
 
 
@@ -57,16 +57,16 @@ def read_params(path: Path) -> dict[str, Any]:
     return check_params(params, path, {})
 
 
-def check_params(params: dict[str, Any], path: Path, names: Mapping[str, str]) -> dict[str, Any]:
-    """Check keys and values. names: What the file at `path` calls a key, where that differs."""
+def check_params(params: dict[str, Any], path: Path, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Check keys and values. aliases: What the file at `path` calls a key, where that differs."""
     if unknown := sorted(params.keys() - KEYS.keys()):
         raise UserError(f"{path} has keys that this program does not know: {', '.join(unknown)}")
-    if missing := [names.get(key, key) for key in REQUIRED if key not in params]:
+    if missing := [aliases.get(key, key) for key in REQUIRED if key not in params]:
         raise UserError(f"{path} has no {missing[0]}")
     for key, value in params.items():
         if not is_valid(value, KEYS[key]):
             expected = EXPECTED[KEYS[key]]
-            raise UserError(f"{path}: {names.get(key, key)} is {value!r:.60}, not {expected}")
+            raise UserError(f"{path}: {aliases.get(key, key)} is {value!r:.60}, not {expected}")
     return params
 
 

@@ -45,7 +45,7 @@ def available_memory(root: Path = ROOT) -> int:
         for limit, used in (("max", "anon"), ("limit_in_bytes", "total_rss")):
             if n_bytes := read_number(folder / f"memory.{limit}"):
                 left.append(n_bytes - (read_number(folder / "memory.stat", used) or 0))
-    return min(left)
+    return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: ranks here
 
 
 def peak_memory() -> int:

@@ -78,7 +78,7 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace_each")
         sp = self.sp_model
         for token in ids:
-            if token >= sp.vocab_size():
+            if token in self.added_texts or token >= sp.vocab_size():
                 yield utf8.decode(b"", final=True) + self.added_texts.get(token, "")
             elif sp.is_byte(token):
                 yield utf8.decode(bytes([int(sp.id_to_piece(token)[3:5], 16)]))  # <0x0A>

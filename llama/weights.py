@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .errors import UserError, check_file
 
-FORMAT = "quantized.format"  # marks a quantized checkpoint: the version of its format, one uint8
+FORMAT_KEY = (
+    "quantized.format"  # marks a quantized checkpoint: the version of its format, one uint8
+)
 # Not weights: the model computes its own angles. Meta's 7B stores them for every layer.
-UNUSED = ("rope.freqs", "rotary_emb.inv_freq")
+UNUSED_SUFFIXES = ("rope.freqs", "rotary_emb.inv_freq")
 COPY_SIZE = 2**22  # elements that are copied at once: bounds the memory that is held twice
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 
@@ -29,7 +31,7 @@ class WeightSpec(NamedTuple):
     """How a weight of shape (out_features, in_features) is divided."""
 
     split_dim: int  # the dimension that Meta's shards divide
-    unit: str | None  # what ranks do not split. None: every rank has the whole weight
+    unit: str | None  # what ranks get undivided. None: every rank has the whole weight
 
 
 HEADS, HIDDEN, OUTPUTS = "key-value heads", "blocks of hidden features", "outputs"
@@ -70,7 +72,7 @@ class Weight:
         name: For errors.
         parts: The shards' tensors, usually memory maps of their files.
         dim: The dimension in which the parts are concatenated.
-        shape: Of the whole. A single part may be a 4-dimensional view of it (permuted rows).
+        shape: Of the whole, 2-dimensional even if its part is a permuted view (llama/huggingface.py).
         mapped: The parts are memory maps, whose pages can be dropped.
     """
 
@@ -154,7 +156,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
     # Scalars, such as a step counter, are not weights.
-    return {str(k): t for k, t in found.items() if isinstance(t, Tensor) and t.dim() > 0}, mapped
+    tensors = {str(k): t.detach() for k, t in found.items() if isinstance(t, Tensor) and t.dim()}
+    return tensors, mapped
 
 
 def is_mappable(path: Path) -> bool:
@@ -180,12 +183,15 @@ def open_shards(paths: list[Path]) -> dict[str, Weight]:
     """Map each name to its Weight, joined from the files, which are the shards of one model.
 
     Raises:
-        UserError: A file cannot be read, or the shards do not belong together.
+        UserError: A file cannot be read, a shard is missing, or they do not belong together.
     """
+    for number, path in enumerate(paths):
+        if path.name not in ("merged.pth", f"consolidated.{number:02}.pth"):
+            raise UserError(f"{path} exists, but consolidated.{number:02}.pth is missing")
     shards, maps = zip(*(read_tensors(path) for path in paths))
     weights = {}
     for name in dict.fromkeys(chain(*shards)):
-        if name.endswith(UNUSED):
+        if name.endswith(UNUSED_SUFFIXES):
             continue
         parts = [shard.get(name) for shard in shards]
         kinds = [part is not None and (part.shape, part.dtype) for part in parts]

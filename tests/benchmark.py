@@ -36,7 +36,7 @@ from llama.checkpoint import VERSION, empty_model, find_files
 from llama.merge import tensor_writer
 from llama.model import Segment
 from llama.system import peak_memory
-from llama.weights import FORMAT
+from llama.weights import FORMAT_KEY
 from model.demo.train import bits_per_byte
 from tests.peers import PEERS, SmolLM2, to_transformers
 
@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path, size: str, scheme: str | None = None) -> None:
     (folder / "params.json").write_text(json.dumps(params))
     model = empty_model(llama.ModelArgs(**params), scheme)
     state = model.state_dict() if scheme else model.half().state_dict()
-    version = {FORMAT: torch.tensor([VERSION], dtype=torch.uint8)} if scheme else {}
+    version = {FORMAT_KEY: torch.tensor([VERSION], dtype=torch.uint8)} if scheme else {}
     values = torch.randn(max(t.numel() for t in state.values())).mul_(0.02)
     with tensor_writer(folder / "merged.pth", state | version) as write:
         for name, tensor in state.items():

@@ -133,12 +133,12 @@ def test_a_missing_folder_says_which_there_are(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("params.json", "set `ckpt_dir`"), ("model.safetensors", "download config.json and tok")],
+    [("params.json", "set `ckpt_dir`"), ("model.safetensors", "or config.json with *.safetensors")],
 )
 def test_a_folder_without_metas_weights_says_what_to_do(tmp_path, name, expected):
     (tmp_path / name).touch()
     message = refusal(tmp_path)
-    assert f"{tmp_path} has no consolidated.*.pth and no merged.pth" in message
+    assert f"{tmp_path} has no weights" in message
     assert expected in message
 
 

@@ -275,6 +275,7 @@ def prepare_model(model: Transformer) -> None:
     for layer in model.layers:
         fuse(layer.attention, ("wq", "wk", "wv"), multiply)
         fuse(layer.feed_forward, ("w1", "w3"), multiply)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prepare()
+        for module in layer.modules():
+            if isinstance(module, QuantizedLinear):
+                module.prepare()
+    model.output.prepare()
