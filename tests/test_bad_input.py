@@ -123,23 +123,14 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_missing_folder_says_which_there_are(tmp_path):
+def test_a_folder_without_weights_says_which_have_some(tmp_path):
     for name in ("7B", "13B"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "merged.pth").touch()
-    message = refusal(tmp_path / "30B")
-    assert re.search(r"no directory .*30B \(found: 7B, 13B\).*`ckpt_dir`", message)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("params.json", "set `ckpt_dir`"), ("model.safetensors", "or config.json with *.safetensors")],
-)
-def test_a_folder_without_metas_weights_says_what_to_do(tmp_path, name, expected):
-    (tmp_path / name).touch()
-    message = refusal(tmp_path)
-    assert f"{tmp_path} has no weights" in message
-    assert expected in message
+    (tmp_path / "config.json").touch()
+    found = r"\(found: 7B, 13B\).*set `ckpt_dir`"
+    assert re.search(rf"no directory {tmp_path / '30B'} {found}", refusal(tmp_path / "30B"))
+    assert re.search(rf"{tmp_path} has no weights {found}", refusal(tmp_path))
 
 
 TOKENIZERS = {

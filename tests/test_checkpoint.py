@@ -93,6 +93,9 @@ SAVED = {
     "compressed": partial(zipped, compression=zipfile.ZIP_DEFLATED),
     "under model": lambda weights, path: torch.save({"model": weights, "step": 7}, path),
     "under state_dict": lambda weights, path: torch.save({"state_dict": weights}, path),
+    "parameters": lambda weights, path: torch.save(
+        {name: torch.nn.Parameter(weight) for name, weight in weights.items()}, path
+    ),
     "with a counter": lambda weights, path: torch.save(weights | {"step": torch.tensor(7)}, path),
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TOKENIZER, relative_error
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from test_chat import TEMPLATES
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -46,6 +47,7 @@ def write_folder(folder: Path, name: str = "llama", kind: str = "whole") -> Path
         for n, part in enumerate((state[:9], state[9:]), 1):
             torch.save(dict(part), folder / f"pytorch_model-{n:05}-of-00002.bin")
         (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text("{}")  # its files were not downloaded
     (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     return folder
 
@@ -93,13 +95,19 @@ def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     absent = {"rope_parameters": None, "head_dim": None, "mlp_bias": None}
     edit_json(folder / "config.json", **absent, rope_theta=1e6, rope_scaling={"type": "default"})
     assert open_source(folder, True).args == expected
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "default"})
+    assert open_source(folder, True).args == expected
 
 
-def test_the_script_converts_a_folder_where_it_is(tmp_path, run_script):
+def test_the_script_converts_the_originals_of_a_folder_where_they_are(tmp_path, run_script):
     folder = write_folder(tmp_path / "in")
-    done = run_script("merge-weights.py", "--input_dir", folder, "--output_dir", folder)
-    assert (done.returncode, done.stdout) == (0, b""), done.stderr
-    assert llama.load(folder).generate("Once", 4)[0].startswith("Once")
+    for flags in (["--quantize", "int4"], ["--dtype", "float32", "--overwrite"]):
+        places = ["--input_dir", folder, "--output_dir", folder]
+        done = run_script("merge-weights.py", *places, *flags)
+        assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    merged = llama.load(folder).model(TOKENS, 0)
+    (folder / "merged.pth").unlink()
+    assert torch.equal(merged, llama.load(folder).model(TOKENS, 0))
 
 
 ADDED = {"<|im_start|>": 2048, "<|im_end|>": 2049}
@@ -140,6 +148,25 @@ def test_added_tokens_are_one_id_in_both_directions(file, tmp_path):
     assert (ids[:2], ids[-1]) == ([1, 2048], 2049)
     assert tokenizer.decode(ids) == text
     assert len(tokenizer.encode("<s>", bos=False, eos=False)) > 1  # a user cannot write it
+
+
+def test_mistrals_control_tokens_are_its_prompt_format(tmp_path):
+    options = {"model_prefix": tmp_path / "tokenizer", "control_symbols": ["[INST]", "[/INST]"]}
+    corpus = iter(["Once upon a time there was a little fox", "Hi there"] * 20)
+    SentencePieceTrainer.train(sentence_iterator=corpus, vocab_size=26, minloglevel=2, **options)
+    folder = write_folder(tmp_path / "in")
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    template = "{% for m in messages %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endfor %}"
+    decoder = {"1": {"content": "<s>"}, "3": {"content": "[INST]"}, "4": {"content": "[/INST]"}}
+    edit_json(
+        folder / "tokenizer_config.json", added_tokens_decoder=decoder, chat_template=template
+    )
+    llm = llama.load(folder)
+    chat = llama.Chat(llm, llama.STYLES[llm.chat_style], None, llama.Sampling(1))
+    list(chat.reply("Hi there"))
+    ids = [1, 3, *llm.tokenizer.sp_model.encode("Hi there"), 4]
+    assert chat.sequence.tokens[: len(ids)] == ids
+    assert llm.tokenizer.decode(ids) == "[INST]Hi there[/INST]"
 
 
 FIELDS = {
@@ -212,6 +239,7 @@ CHANGES = [
     ({UP: torch.ones(345, 128).to(torch.int8)}, f"{UP} is .*int8"),
     ({UP: torch.ones(344, 128)}, rf"{UP} is float \(344, 128\), but by config.json"),
     ({UP: None}, f"{UP} is not there"),
+    ({"layers.1.feed_forward.w3.weight": torch.ones(345, 128)}, "layers.1.feed_forward.w3.weight,"),
     ({UP.replace("weight", "bias"): torch.ones(345)}, "bias, which config.json's model does not"),
 ]
 

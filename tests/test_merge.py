@@ -158,6 +158,14 @@ def test_until_a_merge_is_complete_its_target_is_what_it_was(checkpoint, tmp_pat
     assert re.fullmatch(r"\.merged\.pth\.\w+\.partial", partial.name)
 
 
+def test_a_disk_that_fails_at_the_end_takes_nothing_away(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "merged.pth").write_text("mine")
+    monkeypatch.setattr(os, "fsync", lambda file: os.stat("nowhere"))  # raises an OSError
+    with pytest.raises(FileNotFoundError):
+        write_merged(open_source(checkpoint, True), tmp_path, overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize("n_bytes", [1000, 1_500_000])
 def test_a_disk_that_fills_up_while_merging(checkpoint, tmp_path, run_script, n_bytes):
     out = tmp_path / "out"

@@ -33,7 +33,7 @@ def tell(tmp_path, monkeypatch) -> Callable[[str, str], None]:
     return write
 
 
-def test_memory_is_limited_by_cgroups(tmp_path, tell):
+def test_memory_is_limited_by_cgroups(tmp_path, tell, monkeypatch):
     assert available_memory(tmp_path) == 100 * 1024
     tell("proc/self/cgroup", "0::/user/me\n")
     tell("sys/fs/cgroup/user/me/memory.max", "max\n")
@@ -45,6 +45,8 @@ def test_memory_is_limited_by_cgroups(tmp_path, tell):
     tell("sys/fs/cgroup/memory/memory.limit_in_bytes", "20480")
     tell("sys/fs/cgroup/memory/memory.stat", "rss 1\ntotal_rss 10240\n")
     assert available_memory(tmp_path) == 10 * 1024
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # ranks on this machine
+    assert available_memory(tmp_path) == 5 * 1024
 
 
 def test_cores_are_limited_by_affinity_and_cgroups(tmp_path, tell):
