@@ -1,10 +1,11 @@
-"""What benchmark.py compares with: llama.cpp and transformers, on the same weights.
+"""Other implementations on the same weights: llama.cpp, transformers, and the paper's formulas.
 
 `pip install transformers gguf && CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python
 --no-binary llama-cpp-python`: from its sources, for this machine's instructions.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -88,6 +89,40 @@ def llama_cpp(folder: Path, dtype: str, max_seq_len: int) -> Step:
         model.eval(tokens)
 
     return step
+
+
+def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Tensor:
+    """The paper's formulas on one sequence, without a cache: (seqlen, vocab_size), in fp64."""
+    w = {name.removesuffix(".weight"): weight.double() for name, weight in weights.items()}
+    seqlen, n_heads = len(tokens), params["n_heads"]
+    head_dim, n_kv_heads = params["dim"] // n_heads, params.get("n_kv_heads", n_heads)
+    exponents = torch.arange(0, head_dim, 2).double() / head_dim
+    angles = torch.arange(seqlen)[:, None, None] * params.get("rope_theta", 10000) ** -exponents
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
+
+    def rotate(x: Tensor) -> Tensor:  # (seqlen, heads, head_dim)
+        a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2)
+
+    h = w["tok_embeddings"][tokens]
+    for layer in range(params["n_layers"]):
+        at = f"layers.{layer}."
+        x = norm(h, at + "attention_norm")
+        products = (x @ w[f"{at}attention.{name}"].T for name in ("wq", "wk", "wv"))
+        q, k, v = (product.view(seqlen, -1, head_dim) for product in products)
+        k, v = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (rotate(k), v))
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head_dim)
+        future = torch.ones(seqlen, seqlen).triu(1).bool()
+        attended = scores.masked_fill(future, -math.inf).softmax(-1)
+        x = torch.einsum("hqk,khd->qhd", attended, v).flatten(1)
+        h = h + x @ w[at + "attention.wo"].T
+        x = norm(h, at + "ffn_norm")
+        gate = x @ w[at + "feed_forward.w1"].T
+        x = gate * gate.sigmoid() * (x @ w[at + "feed_forward.w3"].T)
+        h = h + x @ w[at + "feed_forward.w2"].T
+    return norm(h, "norm") @ w["output"].T
 
 
 def to_transformers(

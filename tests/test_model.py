@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import GROUPED, PARAMS, load, random_weights, relative_error, write_shards
-from peers import to_transformers
+from peers import naive_logits, to_transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,40 +24,6 @@ def models(request, tmp_path_factory) -> tuple[llama.Transformer, Tensor, torch.
     folder = write_shards(tmp_path_factory.mktemp("model"), weights, 1, params)
     peer = to_transformers(weights, llama.ModelArgs(**params))
     return load(folder).model, naive_logits(weights, LONG, params), peer
-
-
-def naive_logits(weights: dict[str, Tensor], tokens: Tensor, params: dict) -> Tensor:
-    """The paper's formulas on one sequence, without a cache: (seqlen, vocab_size), in fp64."""
-    w = {name.removesuffix(".weight"): weight.double() for name, weight in weights.items()}
-    seqlen, n_heads = len(tokens), params["n_heads"]
-    head_dim, n_kv_heads = params["dim"] // n_heads, params.get("n_kv_heads", n_heads)
-    exponents = torch.arange(0, head_dim, 2).double() / head_dim
-    angles = torch.arange(seqlen)[:, None, None] * params.get("rope_theta", 10000) ** -exponents
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
-
-    def rotate(x: Tensor) -> Tensor:  # (seqlen, heads, head_dim)
-        a, b, cos, sin = x[..., ::2], x[..., 1::2], angles.cos(), angles.sin()
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2)
-
-    h = w["tok_embeddings"][tokens]
-    for layer in range(params["n_layers"]):
-        at = f"layers.{layer}."
-        x = norm(h, at + "attention_norm")
-        products = (x @ w[f"{at}attention.{name}"].T for name in ("wq", "wk", "wv"))
-        q, k, v = (product.view(seqlen, -1, head_dim) for product in products)
-        k, v = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (rotate(k), v))
-        scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head_dim)
-        future = torch.ones(seqlen, seqlen).triu(1).bool()
-        attended = scores.masked_fill(future, -math.inf).softmax(-1)
-        x = torch.einsum("hqk,khd->qhd", attended, v).flatten(1)
-        h = h + x @ w[at + "attention.wo"].T
-        x = norm(h, at + "ffn_norm")
-        gate = x @ w[at + "feed_forward.w1"].T
-        x = gate * gate.sigmoid() * (x @ w[at + "feed_forward.w3"].T)
-        h = h + x @ w[at + "feed_forward.w2"].T
-    return norm(h, "norm") @ w["output"].T
 
 
 def logits_of(model: llama.Transformer, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
