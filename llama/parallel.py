@@ -59,7 +59,8 @@ def connect(store: dist.Store) -> None:
             links[other].sendall(rank.to_bytes(4, "big"))
         while len(links) < dist.get_world_size() - 1:
             link, _ = server.accept()
-            links[int.from_bytes(link.recv(4, socket.MSG_WAITALL), "big")] = link
+            if name := link.recv(4, socket.MSG_WAITALL):  # not a port scanner
+                links[int.from_bytes(name, "big")] = link
     for link in links.values():
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * SMALL)
