@@ -12,7 +12,6 @@ from contextlib import closing
 
 import llama
 from llama import STYLES, cli, terminal
-from llama.errors import check
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
 
@@ -43,7 +42,9 @@ def main(args: Namespace) -> None:
     if args.verbose:
         cli.report(model)
     style = args.style or model.chat_style
-    check(style in STYLES, "style", " or ".join(STYLES), style)
+    if style not in STYLES:
+        style = "dialog"
+        terminal.notice("the model's chat template is not known: choose a --style")
     chat = llama.Chat(model, STYLES[style], args.system, sampling)
     if terminal.is_interactive():
         terminal.notice(

@@ -36,8 +36,10 @@ def main(args: Namespace) -> None:
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)
-    if (target / "params.json").exists():
+    if (target / "params.json").exists() and cli.find_tokenizer(target):
         terminal.notice(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}")
+    elif (target / "params.json").exists():
+        terminal.notice(f"wrote {merged}. To run it, put tokenizer.model beside it")
     elif (folder / "params.json").exists():
         terminal.notice(f"wrote {merged}. To run it, move it to {folder}, where params.json is")
     else:

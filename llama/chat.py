@@ -102,7 +102,7 @@ class Chat:
         cache, lookup = llama.model.new_cache(self.limit), PromptLookup(sampling.prompt_lookup)
         self.sequence = SequenceState([], cache, lookup, torch.empty(0))
         self.reset()
-        check_length("`system`", len(self.encode(self.template(), "")), self.limit)
+        check_length("the system prompt", len(self.encode(self.template(), "")), self.limit)
 
     def reset(self) -> None:
         """Begin a new conversation."""

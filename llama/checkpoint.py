@@ -1,6 +1,7 @@
 """A checkpoint on the disk: its files are found, opened and checked against one another."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,12 @@ def model_args(
         raise UserError(
             f"{path.parent}: vocab_size is {args.vocab_size}, and the tokenizer has "
             f"{tokenizer.n_words} tokens: it belongs to another model"
+        )
+    if tokenizer and args.vocab_size > 2 * tokenizer.n_words:
+        warnings.warn(
+            f"the tokenizer has {tokenizer.n_words} tokens, and the model {args.vocab_size}: it seems "
+            "to be another model's",
+            stacklevel=2,
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
     expected = model.state_dict()

@@ -219,7 +219,7 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
     models = (f for f in (Path("model"), ROOT / "model") if has_weights(f))
-    folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir)
+    folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir).expanduser()
     if ckpt_dir is None and folder == DEMO:
         found = found_in(Path("model"))
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
@@ -227,10 +227,10 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer of Meta's weights, or else that in ./tokenizer, here or beside the scripts."""
-    here = Path("tokenizer", "tokenizer.model")
-    places = () if is_huggingface(folder) else (nearest_tokenizer(folder), here, ROOT / here)
-    return next((path for path in places if path.exists()), None)
+    """The weights' own tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts."""
+    own, here = folder / "tokenizer.model", Path("tokenizer", "tokenizer.model")
+    others = () if is_huggingface(folder) else (nearest_tokenizer(folder), here, ROOT / here)
+    return next((path for path in (own, *others) if path.exists()), None)
 
 
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:

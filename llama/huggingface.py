@@ -124,7 +124,7 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "tie_word_embeddings": (True, False, None),
         "head_dim": (params["dim"] / params["n_heads"], None),
         "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
-        "rope_parameters": (default_rope, {"rope_type": "default"}, None),
+        "rope_parameters": (default_rope, {"rope_type": "default"}, {"rope_theta": theta}, None),
         "quantization_config": (None,),
     }
     for field, values in supported.items():
@@ -162,7 +162,10 @@ def read_tokens(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> d
     found = {
         "added_tokens": {text: token for text, token in added.items() if text and token in ids},
         "eos_token_id": sorted({*ends}),
-        "chat_style": next((s for mark, s in CHAT_STYLES.items() if re.search(mark, text)), None),
+        "chat_style": next(
+            (style for mark, style in CHAT_STYLES.items() if re.search(mark, text)),
+            template and "unknown",
+        ),
     }
     return {key: value for key, value in found.items() if value}
 
@@ -203,7 +206,9 @@ def find_weights(folder: Path) -> list[Path]:
                 )
         if paths:
             return paths
-    raise UserError(f"{folder} has no model*.safetensors and no pytorch_model*.bin")
+    raise UserError(
+        f"{folder} has no weights with these names: model*.safetensors, pytorch_model*.bin"
+    )
 
 
 def read_files(folder: Path, paths: list[Path]) -> tuple[dict[str, Tensor], bool]:

@@ -33,7 +33,7 @@ def read_messages() -> Iterator[str]:
         try:
             line = input(prompt if interactive else "")
         except KeyboardInterrupt:
-            if not interactive:
+            if not interactive or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all ranks
                 raise
             print()
             readline = sys.modules.get("readline")  # not on Windows

@@ -95,8 +95,9 @@ def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     absent = {"rope_parameters": None, "head_dim": None, "mlp_bias": None}
     edit_json(folder / "config.json", **absent, rope_theta=1e6, rope_scaling={"type": "default"})
     assert open_source(folder, True).args == expected
-    edit_json(folder / "config.json", rope_parameters={"rope_type": "default"})
-    assert open_source(folder, True).args == expected
+    for rope in ({"rope_type": "default"}, {"rope_theta": 1e6}):
+        edit_json(folder / "config.json", rope_parameters=rope)
+        assert open_source(folder, True).args == expected
 
 
 def test_the_script_converts_the_originals_of_a_folder_where_they_are(tmp_path, run_script):
@@ -268,7 +269,8 @@ TULU = TEMPLATES["zephyr"].replace("eos_token", "'\n'", 1)  # like zephyr's, but
 
 
 @pytest.mark.parametrize(
-    ("template", "style"), [(t, s) for s, t in TEMPLATES.items()] + [(TULU, None), (1, None)]
+    ("template", "style"),
+    [(t, s) for s, t in TEMPLATES.items()] + [(TULU, "unknown"), (1, "unknown")],
 )
 def test_the_prompt_format_is_kept(tmp_path, template, style):
     folder = write_folder(tmp_path / "in")

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -187,8 +188,9 @@ def test_a_chat_is_that_of_one_process_and_ends_with_a_rank_that_dies(root, kill
     assert "".join(process.stdout.readline() for _ in range(expected.count("\n"))) == expected
 
     for child in psutil.Process(process.pid).children():
-        if child.environ().get("RANK") == str(killed):  # rank 0 waits for a line
-            child.kill()
+        with suppress(psutil.ZombieProcess):  # torchrun has other children, for moments
+            if child.environ().get("RANK") == str(killed):  # rank 0 waits for a line
+                child.kill()
     _, errors = process.communicate(timeout=30)
     assert len(re.findall("^error: ", errors, re.MULTILINE)) == 1
 

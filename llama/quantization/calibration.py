@@ -98,7 +98,8 @@ def calibration_tokens(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
     if tokenizer:
         return torch.tensor(tokenizer.encode(TEXT, bos=True, eos=False)[:N_TOKENS])
     warnings.warn(
-        "there is no tokenizer: calibrating on random tokens, which is less accurate",
+        "there is no tokenizer: calibrating on random tokens is less accurate. Put tokenizer.model "
+        "beside the weights",
         stacklevel=2,
     )
     generator = torch.Generator().manual_seed(0)
