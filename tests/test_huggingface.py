@@ -266,12 +266,10 @@ def test_a_context_longer_than_the_sliding_window_is_refused(tmp_path):
 
 
 TULU = TEMPLATES["zephyr"].replace("eos_token", "'\n'", 1)  # like zephyr's, but for </s>
+UNKNOWN = [("unknown", TULU), ("unknown", 1)]
 
 
-@pytest.mark.parametrize(
-    ("template", "style"),
-    [(t, s) for s, t in TEMPLATES.items()] + [(TULU, "unknown"), (1, "unknown")],
-)
+@pytest.mark.parametrize(("style", "template"), [*TEMPLATES.items(), *UNKNOWN])
 def test_the_prompt_format_is_kept(tmp_path, template, style):
     folder = write_folder(tmp_path / "in")
     edit_json(folder / "tokenizer_config.json", chat_template=template)
