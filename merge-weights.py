@@ -4,7 +4,7 @@ A Hugging Face folder (config.json, tokenizer.model and weights) is written in M
 
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
-  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama-int8 --quantize int8
+  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama --quantize int8
   python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
 """
 
@@ -37,13 +37,14 @@ def main(args: Namespace) -> None:
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)
     if (target / "params.json").exists() and cli.find_tokenizer(target):
-        terminal.notice(f"wrote {merged}. Run: python example-cpu.py --ckpt_dir {target}")
+        step = f"Run: python example-cpu.py --ckpt_dir {target}"
     elif (target / "params.json").exists():
-        terminal.notice(f"wrote {merged}. To run it, put tokenizer.model beside it")
+        step = "To run it, put tokenizer.model beside it"
     elif (folder / "params.json").exists():
-        terminal.notice(f"wrote {merged}. To run it, move it to {folder}, where params.json is")
+        step = f"To run it, move it to {folder}, where params.json is"
     else:
-        terminal.notice(f"wrote {merged}. To run it, put its params.json beside it")
+        step = "To run it, put its params.json beside it"
+    terminal.notice(f"wrote {merged}. {step}")
 
 
 if __name__ == "__main__":

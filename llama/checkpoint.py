@@ -136,8 +136,8 @@ def model_args(
         )
     if tokenizer and args.vocab_size > 2 * tokenizer.n_words:
         warnings.warn(
-            f"the tokenizer has {tokenizer.n_words} tokens, and the model {args.vocab_size}: it seems "
-            "to be another model's",
+            f"the tokenizer has {tokenizer.n_words} tokens, and the model {args.vocab_size}: it "
+            "seems to be another model's",
             stacklevel=2,
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
@@ -146,8 +146,8 @@ def model_args(
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
-                f"{path.parent}: {aliases.get(name, name)} is {found}, but by {path.name} should be "
-                f"{wanted}: a file is missing, or they are of different models"
+                f"{path.parent}: {aliases.get(name, name)} is {found}, but by {path.name} should "
+                f"be {wanted}: a file is missing, or they are of different models"
             )
     return args
 

@@ -227,10 +227,12 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The weights' own tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts."""
-    own, here = folder / "tokenizer.model", Path("tokenizer", "tokenizer.model")
-    others = () if is_huggingface(folder) else (nearest_tokenizer(folder), here, ROOT / here)
-    return next((path for path in (own, *others) if path.exists()), None)
+    """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts."""
+    places = [folder / "tokenizer.model"]
+    if not is_huggingface(folder):
+        here = Path("tokenizer", "tokenizer.model")
+        places = [nearest_tokenizer(folder), here, ROOT / here]
+    return next((path for path in places if path.exists()), None)
 
 
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:

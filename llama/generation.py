@@ -86,7 +86,8 @@ class LLaMA:
 
     Args:
         model, tokenizer: As `llama.load` makes them.
-        chat_style: Name of the prompt format that the model was trained on, one of `llama.STYLES`.
+        chat_style: Name of the prompt format that the model was trained on, one of `llama.STYLES`;
+            "unknown" if its folder has a chat template that is none of them.
 
     Attributes:
         timings: Speed of the last `generate` or `stream`.

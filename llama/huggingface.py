@@ -85,8 +85,9 @@ def open_huggingface(folder: Path, tokenizer_path: str | Path | None) -> Checkpo
     aliases = {name: hf_name(name) for name in empty_model(args, None, whole=True).state_dict()}
     for name, alias in aliases.items():
         if (tensor := tensors.pop(alias, None)) is not None:
-            check_tensor(tensor, f"{folder}: {alias}")
-            weights[name] = Weight(f"{folder}: {alias}", [tensor], 0, tensor.shape, mapped)
+            label = f"{folder}: {alias}"
+            check_tensor(tensor, label)
+            weights[name] = Weight(label, [tensor], 0, tensor.shape, mapped)
     if others := [name for name in tensors if not name.endswith(UNUSED_SUFFIXES)]:
         raise UserError(f"{folder} has {others[0]}, which config.json's model does not have")
     tokenizer = open_tokenizer(tokenizer_path, params)

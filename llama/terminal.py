@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 N_HISTORY = 1000  # messages that are remembered
 
 
@@ -33,8 +35,8 @@ def read_messages() -> Iterator[str]:
         try:
             line = input(prompt if interactive else "")
         except KeyboardInterrupt:
-            if not interactive or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all ranks
-                raise
+            if not interactive or torch.distributed.is_torchelastic_launched():
+                raise  # torchrun ends all ranks
             print()
             readline = sys.modules.get("readline")  # not on Windows
             if not text and not (readline and readline.get_line_buffer()):

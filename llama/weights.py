@@ -72,7 +72,8 @@ class Weight:
         name: For errors.
         parts: The shards' tensors, usually memory maps of their files.
         dim: The dimension in which the parts are concatenated.
-        shape: Of the whole, 2-dimensional even if its part is a permuted view (llama/huggingface.py).
+        shape: Of the whole, 2-dimensional even if its part is a permuted view
+            (llama/huggingface.py).
         mapped: The parts are memory maps, whose pages can be dropped.
     """
 

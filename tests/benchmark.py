@@ -317,7 +317,7 @@ def mean_loss(model: llama.Transformer, text: Tensor, one_by_one: bool) -> float
 
 @torch.inference_mode()
 def demo(data: str) -> None:
-    """Print the demo's bits per byte of the stories in valid.jsonl, of which it was trained on none.
+    """Print the demo's bits per byte of the stories in valid.jsonl, which it was not trained on.
 
     Args:
         data: As in `accuracy`.

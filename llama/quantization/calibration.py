@@ -25,7 +25,8 @@ stone bridge. In spring, when the snow melts, it carries more water than at any 
 year, and the farmers on its banks have learned to keep their animals away from the lower fields.
 "I remember the flood of 1953," said Anna, who has run the mill for forty years. "We lost 12 sheep,
 3 carts and most of the hay; but nobody was hurt, and that is what matters." Her grandson wrote a
-program that reads the level of the water every ten minutes and sends a message when it is too high."""
+program that reads the level of the water every ten minutes and sends a message when it is
+too high."""
 
 
 @functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input
