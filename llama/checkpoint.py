@@ -16,7 +16,7 @@ from .params import read_params, to_model_args
 from .tokenizer import Tokenizer
 from .weights import FORMAT_KEY, Weight, open_shards, quantization_of
 
-VERSION = 3  # of the format of quantized checkpoints
+VERSION = 4  # of the format of quantized checkpoints
 SCHEMES = ("int8", "int4")
 
 

@@ -54,18 +54,18 @@ def int8_pack(weight: Tensor) -> Tensor:
 
 
 def int8_linear(q: Tensor, x_scale: Tensor | float, packed: Tensor, scales: Tensor) -> Tensor:
-    """fp32 (x_scale * (q - 128)) (scales * W)^T.
+    """fp32 (x_scale * q) (scales * W)^T.
 
     Args:
-        q: uint8 (n, k).
+        q: int8 (n, k).
         x_scale: fp32 (n, 1), or a number for all rows.
         packed: int8 W, (m, k), as `int8_pack` returns it.
         scales: fp32 (m,).
     """
     one_scale = isinstance(x_scale, float)
     y = torch.ops.onednn.qlinear_pointwise(
-        *(q, x_scale if one_scale else 1.0, 128, packed, scales, ZERO_POINT),
-        *(None, 1.0, 0, torch.float32, "none", [], ""),
+        *(q.view(torch.uint8) ^ 128, x_scale if one_scale else 1.0, 128, packed, scales),
+        *(ZERO_POINT, None, 1.0, 0, torch.float32, "none", [], ""),
     )
     return y if one_scale else y.mul_(x_scale)
 
@@ -105,9 +105,8 @@ def has_onednn(dtype: torch.dtype) -> bool:
 def has_vnni() -> bool:
     """True if oneDNN accumulates int8 products in 32 bits. Without VNNI, pairs saturate at 16."""
     q = torch.full((64, 64), 127, dtype=torch.int8)
-    u = torch.full((1, 64), 255, dtype=torch.uint8)
     try:
-        exact = (int8_linear(u, 1.0, int8_pack(q), torch.ones(64)) == 64 * 127 * 127).all()
+        exact = (int8_linear(q, 1.0, int8_pack(q), torch.ones(64)) == 64 * 127 * 127).all()
         return bool(exact and (int8_matmul(q, q.t()) == 64 * 127 * 127).all())
     except UNAVAILABLE:
         return False

@@ -174,10 +174,10 @@ def build(
         # A dict without a name: only the model may hold what `prepare_model` replaces.
         model.load_state_dict({n: read(n, d) for n, d in rest.items()}, strict=False, assign=True)
     if torch.distributed.is_initialized():
-        from .parallel import parallelize, split_corrections
+        from .parallel import parallelize, split_outliers
 
         if not quantize:
-            split_corrections(model)
+            split_outliers(model, args)
         parallelize(model)
     if scheme:
         from .quantization.linear import prepare_model

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .linear import linear_by_blocks
 from .model import ModelArgs, Transformer
 from .weights import HEADS, HIDDEN, OUTPUTS, WEIGHTS, Weight, as_bytes, split_dim
 
@@ -168,19 +167,15 @@ def shard_model(model: Transformer) -> None:
     model.args = replace(model.args, n_kv_heads=n_kv_heads)  # in the caches
 
 
-def split_corrections(model: Transformer) -> None:
-    """Adapt the corrections of row-parallel quantized layers (wo, w2) to this rank's inputs.
-
-    Rank i knows only its part of the input, U_i x_i and not U x. With
-    C_i = C + Q_i U_i^T - sum over j of Q_j U_j^T, the ranks' results still add up to y = Q r + C u.
-    """
+def split_outliers(model: Transformer, args: ModelArgs) -> None:
+    """Keep this rank's outlier channels of row-parallel quantized layers (wo, w2)."""
     for path, layer in model.named_modules():
-        if hasattr(layer, "directions") and split_dim(f"{path}.weight") == 1:
-            directions = layer.directions.float()
-            local = linear_by_blocks(directions, layer.blocks())
-            total = local.clone()
-            dist.all_reduce(total)
-            layer.corrections = layer.corrections + local - total
+        if hasattr(layer, "outliers") and split_dim(f"{path}.weight") == 1:
+            shape = torch.Size((0, layer.in_features))
+            _, start, end = shard_range(f"{path}.weight", shape, args)
+            mine = (start <= layer.outliers) & (layer.outliers < end)
+            layer.outliers = layer.outliers[mine] - start
+            layer.outlier_weights = layer.outlier_weights[mine]
 
 
 def parallelize(model: Transformer) -> None:

@@ -24,7 +24,8 @@ FORMAT_KEY = (
 # Not weights: the model computes its own angles. Meta's 7B stores them for every layer.
 UNUSED_SUFFIXES = ("rope.freqs", "rotary_emb.inv_freq")
 COPY_SIZE = 2**22  # elements that are copied at once: bounds the memory that is held twice
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int64)
 
 
 class WeightSpec(NamedTuple):
@@ -51,8 +52,8 @@ TENSOR_DIMS = {
     "weight": (0, 1),
     "scales": (0, None),
     "groups": (1, 0),
-    "directions": (None, 1),
-    "corrections": (1, None),
+    "outliers": (None, None),
+    "outlier_weights": (1, None),
 }
 
 

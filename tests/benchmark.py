@@ -194,7 +194,7 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
     def quantized(cls: type) -> torch.nn.Module:
         layer = cls(*weight.shape)
-        layer.quantize(weight, torch.zeros(len(layer.directions), weight.shape[1]))
+        layer.quantize(weight, torch.arange(len(layer.outliers)))
         return layer
 
     bf16, int8, int4 = weight.bfloat16(), quantized(Int8Linear), quantized(Int4Linear)
@@ -216,7 +216,7 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     if linear.has_vnni():
         packed8 = linear.int8_pack(raw)
         kernels["int8 oneDNN, int8 activations"] = lambda x: linear.int8_linear(
-            *round_activations(x), packed8, int8.scales
+            *round_activations(x.clone()), packed8, int8.scales
         )
     int4.prepare()
     if int4.interleaving:
@@ -224,7 +224,7 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
             x.bfloat16(), int4.weight, int4.group_size, int4.groups
         )
     if linear.has_vnni():
-        kernels["int4 blocks to int8"] = int4.multiply_int8
+        kernels["int4 blocks to int8"] = lambda x: int4.multiply_int8(x.clone())
     kernels["int4 blocks to fp32"] = lambda x: linear.linear_by_blocks(x, int4.blocks())
     return dict(sorted(kernels.items()))
 

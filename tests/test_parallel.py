@@ -129,7 +129,7 @@ def test_every_rank_holds_its_part(ranks, alone):
     for case, whole in alone.items():
         largest = of_demo if "demo" in case[0] else of_other
         for found in (rank[case] for rank in ranks if isinstance(rank[case], dict)):
-            # Every rank has norms, scales of rows, directions and corrections.
+            # Every rank has norms, scales of rows, and outliers.
             assert found["bytes"] < whole["bytes"] * largest + 5e4, case
 
 

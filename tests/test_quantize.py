@@ -78,7 +78,7 @@ def massive(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("massive"), weights, 1)
 
 
-def test_kept_directions_take_most_of_the_error_of_massive_activations(massive, scheme):
+def test_outlier_channels_take_most_of_the_error_of_massive_activations(massive, scheme):
     exact, bare = load(massive).model, load(massive).model
     kept = load(massive, quantize=scheme).model
     for name, weight in torch.load(massive / "consolidated.00.pth").items():
@@ -91,14 +91,14 @@ def test_kept_directions_take_most_of_the_error_of_massive_activations(massive, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.04)])
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.045)])
 def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     model = load(DEMO)
     tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
     expected = model.model(tokens, 0)
     logits = load(DEMO, dtype, quantize=quantize).model(tokens, 0)
     assert logits.dtype == torch.float32
-    assert relative_error(logits, expected) < bound  # int4: 0.038, with 4 directions 0.042
+    assert relative_error(logits, expected) < bound  # int4: 0.041, without outliers 0.052
 
 
 def test_quantizing_while_merging_or_from_shards_is_the_same(stored, scheme, tmp_path, weights):
@@ -124,10 +124,10 @@ def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme):
     """Other buffers are another format, which needs another number."""
     int8 = {"weight": torch.int8, "scales": torch.float32}
     int4 = {"weight": torch.uint8, "groups": torch.bfloat16}
-    exact = {"directions": torch.bfloat16, "corrections": torch.bfloat16}
+    exact = {"outliers": torch.int64, "outlier_weights": torch.bfloat16}
     layer = exact | (int4 if scheme == "int4" else int8)
     state = torch.load(stored / "merged.pth")
-    assert state["quantized.format"].tolist() == [3]
+    assert state["quantized.format"].tolist() == [4]
     for path, expected in (("tok_embeddings", int8), ("output", int8 | exact), (W2, layer)):
         names = {name for name in state if name.startswith(f"{path}.")}
         assert {name.removeprefix(f"{path}."): state[name].dtype for name in names} == expected
@@ -143,7 +143,7 @@ def test_a_matrix_without_int4_groups_is_int8(tmp_path):
     assert load(tmp_path).model(TOKENS, 0).isfinite().all()
 
 
-@pytest.mark.parametrize("version", [None, 2])
+@pytest.mark.parametrize("version", [None, 3])
 def test_a_checkpoint_that_another_version_quantized_is_refused(stored, tmp_path, version):
     state = torch.load(stored / "merged.pth")
     del state["quantized.format"]
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_another_version_quantized_is_refused(stored, tmp_path
         state["quantized.format"] = torch.tensor([version], dtype=torch.uint8)
     torch.save(state, tmp_path / "merged.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    message = rf"{tmp_path}: .*another version.*format {version or 1}, not 3.*quantize the original"
+    message = rf"{tmp_path}: .*another version.*format {version or 1}, not 4.*quantize the original"
     with pytest.raises(llama.UserError, match=message):
         load(tmp_path)
 

@@ -1,7 +1,7 @@
 """Quantizing a model in one forward pass over a short text.
 
-Each layer reads its weight when the pass reaches it, multiplies in fp32, computes the main
-directions of its input, rounds the weight, and releases it.
+Each layer reads its weight when the pass reaches it, multiplies in fp32, finds the outlier channels
+of its input, rounds the weight, and releases it.
 """
 
 import functools
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -19,7 +18,7 @@ from ..model import Segment, Transformer
 from ..tokenizer import Tokenizer
 from ..weights import Weight
 
-N_TOKENS = 128  # of the text; at most this many directions can be estimated
+N_TOKENS = 128  # of the text
 TEXT = """The river rises in the hills above the town, where two small streams meet below an old
 stone bridge. In spring, when the snow melts, it carries more water than at any other time of the
 year, and the farmers on its banks have learned to keep their animals away from the lower fields.
@@ -29,18 +28,9 @@ program that reads the level of the water every ten minutes and sends a message 
 too high."""
 
 
-@functools.lru_cache(maxsize=1)  # wq wk wv, and w1 w3, have one input
-def input_directions(x: Tensor, k: int) -> Tensor:
-    """The first k right singular vectors of an input (n_tokens, in_features), as rows: (k, -1).
-
-    If the input has a lower rank, the others are zero.
-    """
-    x = x.double()
-    vectors = torch.linalg.eigh(x @ x.t()).eigenvectors  # of (n_tokens, n_tokens): few
-    rows = vectors[:, -k:].flip(1).t() @ x
-    norms = rows.norm(dim=1, keepdim=True)
-    kept = torch.where(norms > 1e-6 * norms.max(), rows / norms, 0)
-    return F.pad(kept, (0, 0, 0, k - len(kept))).float()
+def outlier_channels(x: Tensor, k: int) -> Tensor:
+    """The k channels of an input (n_tokens, in_features) with the largest sums of squares."""
+    return x.double().square().sum(0).topk(k).indices.sort().values
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
@@ -68,7 +58,7 @@ def calibrate(
         """x W^T in fp32. Quantizes W on the way, which is held in its file's dtype."""
         layer, source = model.get_submodule(path), weights[f"{path}.weight"]
         weight = source.read(source.dtype)
-        layer.quantize(weight, input_directions(x, len(layer.directions)))
+        layer.quantize(weight, outlier_channels(x, len(layer.outliers)))
         y = linear_by_blocks(x, fp32_blocks(weight))
         check_finite(f"{path}.weight", y, *layer.buffers())
         on_quantized(path, layer)
@@ -91,7 +81,6 @@ def calibrate(
 
         add_all_reduces(original)
     original.output(original.hidden(torch.arange(len(tokens)), [Segment(0, len(tokens))]))
-    input_directions.cache_clear()
 
 
 def calibration_tokens(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:

@@ -1,14 +1,14 @@
-"""Linear layers with int8 and int4 weights, and a few directions of their input kept exact.
+"""Linear layers with int8 and int4 weights, and a few input channels that are not rounded.
 
-A few directions carry most of a layer's input: massive activations (arXiv 2402.17762), nearly the
-same for every text. Whatever rounding does to the weights, or to the activations, along them is
-multiplied by thousands. So both layers compute
+A few channels carry most of a layer's input: massive activations (arXiv 2402.17762), in the same
+channels for every text. Rounding their weights, or the other activations to their scale, costs most
+of the accuracy. So both layers compute
 
-    y = Q r + C u,    u = U x,    r = x - U^T u,    C = W U^T
+    y = Q x' + W[:, c] x[c]
 
-where Q is the rounded W, and U (k, in_features) has the input's first right singular vectors as its
-rows (llama/quantization/calibration.py): low-rank error reconstruction, as in LQER (arXiv
-2402.02446).
+where Q is the rounded W, c are the outlier channels (llama/quantization/calibration.py finds them),
+and x' is x with zeros there. LLM.int8() (arXiv 2208.07339) divides the product like this, OWQ
+(arXiv 2306.02272) chooses the channels beforehand.
 """
 
 import functools
@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear import (
@@ -38,61 +37,58 @@ from ..model import Transformer
 from ..weights import TENSOR_DIMS
 from .rounding import int4_group_size, quantize_int4, row_scales
 
-ROUNDING_OFFSET = torch.tensor(128.5)  # 128, and 0.5 because conversion to uint8 truncates
 INT8PACK_TOKENS = 32  # from here on converting int8 to fp32 is faster than the 8-bit operator
 MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit operator
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q r + C u, see above.
+    """y = Q x' + W[:, c] x[c], see above.
 
-    Subclasses hold Q, and define quantize_weight, prepare_weight, multiply (fp32 x Q^T for fp32 x)
-    and blocks (Q in fp32, some rows at a time).
+    Subclasses hold Q, and define quantize_weight, prepare_weight and multiply (fp32 x Q^T for fp32
+    x, which it may overwrite).
+
+    Attributes:
+        in_features: Of the whole layer. Under torchrun, this rank may have some of them.
 
     Buffers, before `prepare`:
-        directions: U, bf16 (n_directions, in_features).
-        corrections: C^T, bf16 (n_directions, out_features).
+        outliers: c, int64 (n_outliers,), ascending.
+        outlier_weights: W[:, c]^T, bf16 (n_outliers, out_features).
     """
 
-    def __init__(self, out_features: int, in_features: int, n_directions: int):
+    def __init__(self, out_features: int, in_features: int, n_outliers: int):
         super().__init__()
-        self.register_buffer("directions", torch.empty(n_directions, in_features).bfloat16())
-        self.register_buffer("corrections", torch.empty(n_directions, out_features).bfloat16())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.corrections.shape[1], self.directions.shape[1]
+        self.in_features = in_features
+        n_outliers = min(n_outliers, in_features)
+        self.register_buffer("outliers", torch.empty(n_outliers, dtype=torch.int64))
+        outlier_weights = torch.empty(n_outliers, out_features, dtype=torch.bfloat16)
+        self.register_buffer("outlier_weights", outlier_weights)
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, directions: Tensor) -> None:
-        """Fill the buffers from W, of any float dtype, and U in fp32."""
-        self.directions = directions.bfloat16()
-        corrections = linear_by_blocks(self.directions.float(), fp32_blocks(weight))
-        self.corrections = corrections.bfloat16()
+    def quantize(self, weight: Tensor, outliers: Tensor) -> None:
+        """Fill the buffers from W, of any float dtype."""
+        self.outliers = outliers
+        self.outlier_weights = weight.t().index_select(0, outliers).bfloat16()
         self.quantize_weight(weight)
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Bring the filled buffers into the form that this CPU multiplies fastest."""
-        self.directions = self.directions.float()  # U x of one token: fp32 2 us, bf16 20
-        self.corrections = self.corrections.float()
+        self.outlier_weights = self.outlier_weights.float()  # one token: fp32 2 us, bf16 20
         self.prepare_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        projection = F.linear(x32, self.directions)  # u
-        residual = torch.addmm(x32, projection, self.directions, alpha=-1)  # r
-        return self.multiply(residual).addmm_(projection, self.corrections).type_as(x)
+        y = self.multiply(x32.index_fill(1, self.outliers, 0))
+        return y.addmm_(x32.index_select(1, self.outliers), self.outlier_weights).type_as(x)
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
-    """x (n, k) as scale * (q - 128): uint8 q; scales (n, 1), or a number for one row."""
+    """x (n, k) as scale * q: int8 q; scales (n, 1), or a number for one row. Overwrites x."""
     if len(x) == 1:  # fewer operators
         scale = max(x.abs().max().item(), 1e-12) / 127
-        return torch.add(ROUNDING_OFFSET, x, alpha=1 / scale).to(torch.uint8), scale
-    scale = row_scales(x)
-    return (x / scale).add_(ROUNDING_OFFSET).to(torch.uint8), scale
+        return x.mul_(1 / scale).round_().to(torch.int8), scale
+    scales = row_scales(x)
+    return x.mul_(1 / scales).round_().to(torch.int8), scales
 
 
 class Int8Linear(QuantizedLinear):
@@ -103,8 +99,8 @@ class Int8Linear(QuantizedLinear):
         scales: fp32 (out_features,).
     """
 
-    def __init__(self, out_features: int, in_features: int, n_directions: int = 8):
-        super().__init__(out_features, in_features, n_directions)
+    def __init__(self, out_features: int, in_features: int, n_outliers: int = 8):
+        super().__init__(out_features, in_features, n_outliers)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
 
@@ -122,10 +118,6 @@ class Int8Linear(QuantizedLinear):
         if len(x) < INT8PACK_TOKENS and has_int8pack() and x.shape[1] % 16 == 0:
             return int8pack_linear(x.bfloat16(), self.weight, self.scales.bfloat16()).float()
         return linear_by_blocks(x, fp32_blocks(self.weight)).mul_(self.scales)
-
-    def blocks(self) -> Iterator[Tensor]:
-        for rows in row_blocks(*self.shape):
-            yield self.weight[rows] * self.scales[rows, None]
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,27 +141,27 @@ class Int4Linear(QuantizedLinear):
         groups: scale and zero, bf16 (in_features / group_size, out_features, 2).
     """
 
-    def __init__(self, out_features: int, in_features: int, n_directions: int = 16):
-        super().__init__(out_features, in_features, n_directions)
-        n_groups = in_features // int4_group_size(in_features)
+    def __init__(self, out_features: int, in_features: int, n_outliers: int = 24):
+        super().__init__(out_features, in_features, n_outliers)
+        self.group_size = int4_group_size(in_features)
+        n_groups = in_features // self.group_size
         weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
         self.register_buffer("weight", weight)
         self.register_buffer("groups", torch.empty(n_groups, out_features, 2, dtype=torch.bfloat16))
         self.interleaving = 0  # of weight, see unpack_int4
 
-    @property
-    def group_size(self) -> int:
-        return self.directions.shape[1] // len(self.groups)
+    def row_blocks(self) -> list[slice]:
+        return row_blocks(len(self.weight), 2 * self.weight.shape[1])
 
     def quantize_weight(self, weight: Tensor) -> None:
         q, self.groups = quantize_int4(weight, self.group_size)
         self.weight = q[:, ::2] | q[:, 1::2] << 4
 
     def prepare_weight(self) -> None:
-        if self.shape[0] % 64 == 0:
+        if len(self.weight) % 64 == 0:
             self.interleaving = int4_interleaving()
         if self.interleaving:
-            for rows in row_blocks(*self.shape):
+            for rows in self.row_blocks():
                 plain = self.weight[rows]
                 plain.copy_(int4_pack(unpack_int4(plain, 0).t().int()).view(plain.shape))
         if has_vnni():
@@ -185,9 +177,8 @@ class Int4Linear(QuantizedLinear):
     def multiply_int8(self, x: Tensor) -> Tensor:
         """x Q^T by int8 products: each block of Q is rounded to one scale for each output."""
         q, scale = round_activations(x)
-        q = q.bitwise_xor(128).view(torch.int8)
-        y = x.new_empty(len(x), self.shape[0])
-        for rows in row_blocks(*self.shape):
+        y = x.new_empty(len(x), len(self.weight))
+        for rows in self.row_blocks():
             int8_scale = self.int8_scales[rows]
             # Q / int8_scale = low + step * q, in int16 with 8 fractional bits. The product may wrap
             # around; the sum fits.
@@ -201,7 +192,7 @@ class Int4Linear(QuantizedLinear):
         return y
 
     def blocks(self) -> Iterator[Tensor]:
-        for rows in row_blocks(*self.shape):
+        for rows in self.row_blocks():
             q = unpack_int4(self.weight[rows], self.interleaving).float()  # (in_features, n_rows)
             scale, zero = self.groups[:, None, rows].float().unbind(3)
             block = torch.addcmul(zero, q.sub_(8).unflatten(0, (len(scale), -1)), scale)
@@ -227,7 +218,8 @@ class Int8Embedding(nn.Module):
         self.weight, self.scales = quantize_rows(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return (self.weight[tokens] * self.scales[tokens, None]).to(self.dtype)
+        rows = self.weight.index_select(0, tokens)
+        return (rows * self.scales[tokens, None]).to(self.dtype)
 
 
 def swap_modules(model: nn.Module, scheme: str) -> None:
@@ -256,9 +248,9 @@ class FusedSlice(nn.Module):
 
 
 def fuse(parent: nn.Module, names: Sequence[str], multiply: Callable) -> None:
-    """Concatenate quantized layers that have one input, and therefore equal directions."""
+    """Concatenate quantized layers that have one input, and therefore equal outliers."""
     layers = [getattr(parent, name) for name in names]
-    ends = [*itertools.accumulate(layer.shape[0] for layer in layers)]
+    ends = [*itertools.accumulate(len(layer.weight) for layer in layers)]
     fused = layers[0]
     for buffer in fused.state_dict():
         dim, _ = TENSOR_DIMS[buffer]

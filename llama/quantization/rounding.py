@@ -12,7 +12,8 @@ ROUNDING_SIZE = 2**17  # weights rounded at a time: some ten fp32 temporaries st
 
 def row_scales(x: Tensor) -> Tensor:
     """The scale of each row, (n, 1), that maps it to -127 to 127."""
-    return x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return torch.maximum(-low, high).clamp_(min=1e-12).div_(127)
 
 
 def int4_group_size(in_features: int) -> int:
