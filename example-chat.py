@@ -58,14 +58,15 @@ def converse(chat: llama.Chat) -> None:
     """Answer messages until the end of input."""
     messages = terminal.read_messages()
     while (message := cli.from_rank0(next, messages, None)) is not None:
-        if message in ("/exit", "/quit", "/bye"):
+        command = message.lower()
+        if command in ("/exit", "/quit", "/bye"):
             return
-        if message == "/reset":
+        if command == "/reset":
             chat.reset()
             terminal.notice("a new conversation")
-        elif message in ("/help", "/?"):
+        elif command in ("/help", "/?"):
             terminal.notice(HELP)
-        elif message == "/retry":
+        elif command == "/retry":
             if last := chat.retry():
                 answer(chat, last)
             else:

@@ -87,7 +87,8 @@ def found_in(folder: Path) -> str:
     paths = folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ()
     names = (path.name for path in paths if os.access(path, os.X_OK) and has_weights(path))
     found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
-    return f" (found: {', '.join(found)})" if found else ""
+    more = ", ..." if len(found) > 8 else ""
+    return f" (found: {', '.join(found[:8])}{more})" if found else ""
 
 
 def open_meta(folder: Path, paths: list[Path], tokenizer_path: str | Path | None) -> Checkpoint:

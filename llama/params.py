@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, check_file
 from .model import ModelArgs
 
 LARGEST = 2**20  # no size in params.json, and no context, is larger
@@ -32,10 +32,11 @@ EXPECTED = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a byte order mark before it is skipped."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: it belongs beside the weights")
+    check_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it belongs beside the weights") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):

@@ -87,6 +87,7 @@ DAMAGES = {
     "cut": (lambda f: os.truncate(f / LAST, 700_000), LAST),
     "a web page": (lambda f: (f / LAST).write_text("<html>404</html>"), LAST),
     "a git-lfs pointer": (lambda f: (f / LAST).write_bytes(LFS), f"{LAST} is a git-lfs pointer"),
+    "a pointer": (lambda f: (f / "params.json").write_bytes(LFS), "params.json is a git-lfs po"),
     "a FIFO": (lambda f: ((f / LAST).unlink(), os.mkfifo(f / LAST)), "not a regular file"),
     "a list": (lambda f: torch.save([torch.ones(1)], f / LAST), f"{LAST} holds a list"),
     "a key missing in one": (lambda f: change(f, LAST, "output", None), "output.weight differs"),

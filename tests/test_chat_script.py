@@ -83,7 +83,7 @@ def test_ctrl_c_clears_a_line_and_says_on_an_empty_one_how_to_leave(echo):
     echo.expect(PROMPT)
 
 
-@pytest.mark.parametrize("command", ["/exit\r", "/quit\r", "/bye\r", "\x04"])
+@pytest.mark.parametrize("command", ["/exit\r", "/QUIT\r", "/bye\r", "\x04"])
 def test_these_leave(talk, command):
     child = talk()
     child.send(command)
