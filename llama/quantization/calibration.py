@@ -30,7 +30,7 @@ too high."""
 
 def outlier_channels(x: Tensor, k: int) -> Tensor:
     """The k channels of an input (n_tokens, in_features) with the largest sums of squares."""
-    return x.double().square().sum(0).topk(k).indices.sort().values
+    return x.double().square().sum(0).topk(min(k, x.shape[1])).indices.sort().values
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
