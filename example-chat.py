@@ -48,7 +48,7 @@ def main(args: Namespace) -> None:
     chat = llama.Chat(model, STYLES[style], args.system, sampling)
     if terminal.is_interactive():
         terminal.notice(
-            f"{folder.name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
+            f"{folder.resolve().name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
             "/help lists the commands."
         )
     converse(chat)

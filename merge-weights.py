@@ -5,7 +5,7 @@ A Hugging Face folder (config.json, tokenizer.model and weights) is written in M
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
   python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama --quantize int8
-  python merge-weights.py --input_dir model/7B --output_dir model --quantize int8
+  python merge-weights.py --input_dir model/7B --output_dir model/7B-int8 --quantize int8
 """
 
 from argparse import Namespace
@@ -30,9 +30,10 @@ FLAGS = {
 def main(args: Namespace) -> None:
     if torch.distributed.is_initialized():
         raise UserError("run merge-weights.py without torchrun: it is one process")
-    folder, target = Path(args.input_dir, args.model_size or ""), Path(args.output_dir)
+    folder = Path(args.input_dir, args.model_size or "").expanduser()
+    target = Path(args.output_dir).expanduser()
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
-    # Meta's params.json is copied, but not into the repository, the default of output_dir.
+    # Meta's params.json is copied, but not into the current directory, the default of output_dir.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)

@@ -2,9 +2,9 @@
 
 With p = softmax(q K^T / sqrt(head_dim)), attention is p V. For few tokens, q K^T and p V are
 weighted sums of rows: of K^T by q, and of V by p. `torch.embedding_bag` computes them at memory
-bandwidth. For one token, scaled_dot_product_attention takes 2 to 10 times as long on AMD Zen 5; on
-an Intel Xeon as long in bf16, and twice as long in fp16, the cache's dtype if the weights are
-quantized. matmul takes 7 times as long on that Xeon, for 8 tokens without AVX-512 25 times.
+bandwidth. For one token, scaled_dot_product_attention takes 2 to 10 times as long on AMD Zen 5. On
+an Intel Xeon it takes the same time in bf16, and twice the time in fp16, the cache's dtype for
+quantized weights. There, matmul takes 7 times as long, and for 8 tokens without AVX-512 25 times.
 """
 
 import functools

@@ -115,9 +115,9 @@ class Chat:
         """Reset what `status` reports of a reply."""
         self.llama.timings = Timings()
         self.n_new = 0  # tokens of the reply
-        self.is_cut = False  # max_gen_len ended it
-        self.n_evicted = 0  # turns that were forgotten for it
-        self.is_halved = False  # its own turn was truncated
+        self.is_cut = False  # max_gen_len ended the reply
+        self.n_evicted = 0  # older turns that were evicted for the reply
+        self.is_halved = False  # the beginning of this turn was evicted
 
     def reply(self, message: str) -> Iterator[str]:
         """Yield the reply to a message in pieces. If closed, the context keeps what was yielded.
@@ -199,7 +199,7 @@ class Chat:
                     yield token
             finally:
                 self.truncate(len(self.sequence.tokens) - (len(tokens) - n_read))
-            if len(self.sequence.tokens) >= self.limit:
+            if len(self.sequence.tokens) >= self.limit and len(self.sequence.uniforms):
                 self.evict()
 
     def truncate(self, length: int) -> None:
@@ -231,7 +231,7 @@ class Chat:
     def remove_tail(self, tail: str) -> None:
         """Remove a text from the end of the sequence.
 
-        A token that reaches into the text before it is encoded again without it.
+        If the first of its tokens also holds text that stays, that text is encoded again.
         """
         tokenizer, tokens, n = self.llama.tokenizer, self.sequence.tokens, 0
         while tail and n < self.n_new:

@@ -84,7 +84,8 @@ def check_folder(folder: Path, argument: str) -> None:
 
 def found_in(folder: Path) -> str:
     """The subfolders that contain weights, for errors."""
-    paths = folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ()
+    readable = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    paths = folder.iterdir() if readable else ()
     names = (path.name for path in paths if os.access(path, os.X_OK) and has_weights(path))
     found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
     more = ", ..." if len(found) > 8 else ""
@@ -143,7 +144,7 @@ def model_args(
         )
     model = empty_model(replace(args, max_seq_len=1), quantization_of(weights), whole=True)
     expected = model.state_dict()
-    for name in (*expected, *(weights.keys() - {FORMAT_KEY})):
+    for name in (*expected, *sorted(weights.keys() - {FORMAT_KEY})):
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
@@ -166,7 +167,7 @@ def check_version(weights: dict[str, Weight], folder: Path) -> None:
     if quantization_of(weights) and version != [VERSION]:
         raise UserError(
             f"{folder}: the weights were quantized by another version of this program (format "
-            f"{version[0]}, not {VERSION}): quantize the original ones again"
+            f"{version[0]}, not {VERSION}): quantize the original weights again"
         )
 
 

@@ -223,7 +223,9 @@ def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, 
     if ckpt_dir is None and folder == DEMO:
         found = found_in(Path("model"))
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
-    return folder, find_tokenizer(folder) if tokenizer_path is None else Path(tokenizer_path)
+    if tokenizer_path is None:
+        return folder, find_tokenizer(folder)
+    return folder, Path(tokenizer_path).expanduser()
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -241,7 +243,7 @@ def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> 
     texts = [read_stdin() if p == "-" else os.fsencode(p).decode(errors="replace") for p in prompts]
     for path in prompt_files or ():
         try:
-            texts.append(Path(path).read_text(encoding="utf-8-sig").removesuffix("\n"))
+            texts.append(Path(path).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n"))
         except OSError as error:
             raise UserError(f"`prompt_file` {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -105,7 +105,7 @@ def to_params(config: dict[str, Any], path: Path) -> dict[str, Any]:
         UserError: Names the field that is missing, malformed or of another architecture.
     """
     params = {ours: config[f] for ours, f in FIELDS.items() if config.get(f) is not None}
-    if missing := [FIELDS[ours] for ours in FIELDS.keys() - OPTIONAL - params.keys()]:
+    if missing := [FIELDS[ours] for ours in FIELDS if ours not in OPTIONAL | params.keys()]:
         raise UserError(f"{path} has no {missing[0]}: this is not a LLaMA model")
     rope = config.get("rope_parameters")  # since transformers 5
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None

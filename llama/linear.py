@@ -1,7 +1,7 @@
 """Matrix products with the PyTorch kernel that is fastest on this CPU.
 
-Only this file uses operators that are not PyTorch's public API. Each has a plain fallback, for a
-PyTorch or a CPU without it.
+Only this file uses private operators of PyTorch (torch.ops, torch._int_mm). Each has a public
+fallback, for a PyTorch or a CPU without it.
 
 | weights | CPU       | few tokens                   | more tokens                     |
 |---------|-----------|------------------------------|---------------------------------|
@@ -140,7 +140,7 @@ def int4_interleaving() -> int:
 def unpack_int4(packed: Tensor, interleaving: int) -> Tensor:
     """(n_rows, in_features / 2) bytes to int8 (in_features, n_rows) of 0 to 15.
 
-    interleaving: As `int4_interleaving`. 0: two neighbours of a row share a byte, the first in the
+    interleaving: See `int4_interleaving`. 0: two neighbouring inputs share a byte, the first in the
     low half.
     """
     if not interleaving:

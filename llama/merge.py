@@ -18,6 +18,7 @@ from .checkpoint import (
     empty_model,
     find_files,
     find_shards,
+    is_huggingface,
     nearest_tokenizer,
 )
 from .errors import UserError
@@ -35,7 +36,8 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
     """
     check_folder(folder, "input_dir")
-    params_path, paths = folder / "params.json", find_shards(folder) or find_files(folder)
+    params_path = folder / "params.json"
+    paths = find_shards(folder) or ([] if is_huggingface(folder) else find_files(folder))
     if paths and not params_path.exists():
         return Checkpoint(open_shards(paths), {}, None, None, {})
     checkpoint = open_checkpoint(folder, tokenizer_path, originals=True)
@@ -131,10 +133,10 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def save_converted(target: Path, source: Checkpoint, dtype: torch.dtype | None) -> None:
     """Save the weights of a checkpoint, in this dtype or as they are."""
-    state = {
-        name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
-        for name, weight in source.weights.items()
-    }
+    state = {}
+    for name, weight in source.weights.items():
+        kept = weight.dtype if dtype is None or not weight.dtype.is_floating_point else dtype
+        state[name] = torch.empty(weight.shape, dtype=kept, device="meta")
     with tensor_writer(target, state) as write:
         for name, weight in source.weights.items():
             write(name, weight.read(state[name].dtype))

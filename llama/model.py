@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         self.args = args
         self.caches: Sequence[KVCache] = ()
         self.cache_dtype = torch.get_default_dtype()
-        # nn.Embedding(...) imports torch._dynamo on the meta device, which takes a second.
+        # On the meta device nn.Embedding(...) imports torch._dynamo, which takes a second.
         embeddings = torch.empty(args.vocab_size, args.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
@@ -179,10 +179,12 @@ class Transformer(nn.Module):
         Returns:
             fp32 (bsz, vocab_size).
         Raises:
-            ValueError: A position is not below `args.max_seq_len`.
+            ValueError: A position is not below `args.max_seq_len`, or there are no such sequences.
         """
         if start_pos == 0:
             self.caches = [self.new_cache(self.args.max_seq_len) for _ in tokens]
+        if len(self.caches) != len(tokens):
+            raise ValueError("tokens must continue the sequences of the previous call")
         segments = [Segment(start_pos, tokens.shape[1], cache) for cache in self.caches]
         hidden = self.hidden(tokens.flatten(), segments).unflatten(0, tokens.shape)
         return self.output(hidden[:, -1]).float()

@@ -110,8 +110,9 @@ def print_pieces(pieces: Iterable[str]) -> None:
 
 
 def width(text: str) -> int:
-    """Columns that a text takes in a terminal: two for wide East Asian characters and emoji."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    """Columns of a text in a terminal: emoji and East Asian characters 2, combining marks 0."""
+    shown = (char for char in text if unicodedata.category(char) not in ("Mn", "Me", "Cf"))
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in shown)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace_each")
         sp = self.sp_model
         for token in ids:
-            if token in self.added_texts or token >= sp.vocab_size():
+            is_added = token in self.added_texts or token >= sp.vocab_size()
+            if is_added:
                 yield utf8.decode(b"", final=True) + self.added_texts.get(token, "")
             elif sp.is_byte(token):
                 yield utf8.decode(bytes([int(sp.id_to_piece(token)[3:5], 16)]))  # <0x0A>
@@ -87,7 +88,7 @@ class Tokenizer:
                 first = sp.decode([token])
                 piece = sp.decode([token, token])[len(first) :] if within else first
                 yield utf8.decode(b"", final=True) + piece
-            within = within or token >= sp.vocab_size() or not sp.is_control(token)
+            within = within or is_added or not sp.is_control(token)
         yield utf8.decode(b"", final=True)
 
 

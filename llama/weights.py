@@ -32,7 +32,7 @@ class WeightSpec(NamedTuple):
     """How a weight of shape (out_features, in_features) is divided."""
 
     split_dim: int  # the dimension that Meta's shards divide
-    unit: str | None  # what ranks get undivided. None: every rank has the whole weight
+    unit: str | None  # ranks do not divide it further. None: every rank has the whole weight
 
 
 HEADS, HIDDEN, OUTPUTS = "key-value heads", "blocks of hidden features", "outputs"

@@ -158,16 +158,14 @@ def test_mistrals_control_tokens_are_its_prompt_format(tmp_path):
     folder = write_folder(tmp_path / "in")
     shutil.copy(tmp_path / "tokenizer.model", folder)
     template = "{% for m in messages %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endfor %}"
-    decoder = {"1": {"content": "<s>"}, "3": {"content": "[INST]"}, "4": {"content": "[/INST]"}}
-    edit_json(
-        folder / "tokenizer_config.json", added_tokens_decoder=decoder, chat_template=template
-    )
+    added = {"1": {"content": "<s>"}, "3": {"content": "[INST]"}, "4": {"content": "[/INST]"}}
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder=added, chat_template=template)
     llm = llama.load(folder)
     chat = llama.Chat(llm, llama.STYLES[llm.chat_style], None, llama.Sampling(1))
     list(chat.reply("Hi there"))
     ids = [1, 3, *llm.tokenizer.sp_model.encode("Hi there"), 4]
     assert chat.sequence.tokens[: len(ids)] == ids
-    assert llm.tokenizer.decode(ids) == "[INST]Hi there[/INST]"
+    assert llm.tokenizer.decode(ids) == "[INST] Hi there[/INST]"
 
 
 FIELDS = {

@@ -1,7 +1,8 @@
 """Quantizing a model in one forward pass over a short text.
 
-Each layer reads its weight when the pass reaches it, multiplies in fp32, finds the outlier channels
-of its input, rounds the weight, and releases it.
+When the pass reaches a layer, the layer's weight is read, the outlier channels of its input are
+found, the weight is quantized, the input is multiplied by the original weight in fp32, and the
+weight is released.
 """
 
 import functools
@@ -49,7 +50,7 @@ def calibrate(
         model: On the meta device, with quantized layers.
         weights: Its original weights, under torchrun this rank's.
         tokens: Ids of a text, from its first token on, (n_tokens,).
-        on_quantized: Called with the path of each layer, and the layer when it is filled.
+        on_quantized: Called as on_quantized(path, layer) when a layer is filled.
     """
     with torch.device("meta"):
         original = Transformer(replace(model.args, max_seq_len=len(tokens)))

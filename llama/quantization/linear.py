@@ -1,8 +1,8 @@
 """Linear layers with int8 and int4 weights, and a few input channels that are not rounded.
 
 A few channels carry most of a layer's input: massive activations (arXiv 2402.17762), in the same
-channels for every text. Rounding their weights, or the other activations to their scale, costs most
-of the accuracy. So both layers compute
+channels for every text. Rounding their weights, or letting them set the scale of the other
+activations, costs most of the accuracy. So both layers compute
 
     y = Q x' + W[:, c] x[c]
 
@@ -44,11 +44,11 @@ MANY_TOKENS = 64  # from here on unpacking int4 to int8 is faster than the 4-bit
 class QuantizedLinear(nn.Module):
     """y = Q x' + W[:, c] x[c], see above.
 
-    Subclasses hold Q, and define quantize_weight, prepare_weight and multiply (fp32 x Q^T for fp32
-    x, which it may overwrite).
+    Subclasses hold Q, and define quantize_weight, prepare_weight and multiply, which returns x Q^T
+    in fp32 and may overwrite x.
 
     Attributes:
-        in_features: Of the whole layer. Under torchrun, this rank may have some of them.
+        in_features: Of the whole layer, even if this rank has a part of it.
 
     Buffers, before `prepare`:
         outliers: c, int64 (n_outliers,), ascending.
@@ -248,7 +248,7 @@ class FusedSlice(nn.Module):
 
 
 def fuse(parent: nn.Module, names: Sequence[str], multiply: Callable) -> None:
-    """Concatenate quantized layers that have one input, and therefore equal outliers."""
+    """Concatenate quantized layers that have one input, so that their outliers are equal."""
     layers = [getattr(parent, name) for name in names]
     ends = [*itertools.accumulate(len(layer.weight) for layer in layers)]
     fused = layers[0]
@@ -262,7 +262,7 @@ def fuse(parent: nn.Module, names: Sequence[str], multiply: Callable) -> None:
 
 def prepare_model(model: Transformer) -> None:
     """Fuse and prepare the quantized layers of a model whose buffers are filled."""
-    # Keeps the last product, for the other slices. Modify neither it nor its input in place.
+    # Caches the last product for the other slices. Neither it nor its input may be modified.
     multiply = functools.lru_cache(maxsize=1)(lambda layer, x: layer(x))
     for layer in model.layers:
         fuse(layer.attention, ("wq", "wk", "wv"), multiply)
