@@ -153,6 +153,7 @@ def test_added_tokens_are_one_id_in_both_directions(file, tmp_path):
 
 def test_mistrals_control_tokens_are_its_prompt_format(tmp_path):
     options = {"model_prefix": tmp_path / "tokenizer", "control_symbols": ["[INST]", "[/INST]"]}
+    options["remove_extra_whitespaces"] = False  # like LLaMA's
     corpus = iter(["Once upon a time there was a little fox", "Hi there"] * 20)
     SentencePieceTrainer.train(sentence_iterator=corpus, vocab_size=26, minloglevel=2, **options)
     folder = write_folder(tmp_path / "in")
