@@ -71,7 +71,10 @@ def make_checkpoint(folder: Path, size: str, scheme: str | None = None) -> None:
     with tensor_writer(folder / "merged.pth", state | version) as write:
         for name, tensor in state.items():
             part = values[: tensor.numel()].view(tensor.shape)
-            part = part if tensor.is_floating_point() else part * 1000
+            if name.endswith(".outliers"):
+                part = torch.arange(len(tensor))
+            elif not tensor.is_floating_point():
+                part = part * 1000
             write(name, part.to(tensor.dtype))
         for name, tensor in version.items():
             write(name, tensor)
