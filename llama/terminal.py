@@ -68,7 +68,8 @@ def open_history() -> Callable[[str], None]:
     readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_auto_history(False)
     # In the user's state folder, as the XDG Base Directory Specification names it.
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    home = os.environ.get("HOME", os.devnull)  # without a home nothing is kept
+    state = os.environ.get("XDG_STATE_HOME") or Path(home, ".local", "state")
     path = Path(state, "llama-cpu", "history.jsonl")
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text(encoding="utf-8").splitlines()[-N_HISTORY:]:
