@@ -6,8 +6,8 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake that the user can fix.
 
-    The message is one line that says what is wrong and what to do. It names
-    parameters in backquotes (`max_seq_len`, `quantize=int8`); llama/cli.py turns them into flags.
+    The message is one line that says what is wrong and what to do. It names parameters in
+    backquotes (`max_seq_len`, `quantize=int8`); llama/cli.py turns them into flags.
     """
 
 

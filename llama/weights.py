@@ -24,8 +24,8 @@ FORMAT_KEY = (
 # Not weights: the model computes its own angles. Meta's 7B stores them for every layer.
 UNUSED_SUFFIXES = ("rope.freqs", "rotary_emb.inv_freq")
 COPY_SIZE = 2**22  # elements that are copied at once: bounds the memory that is held twice
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int64)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES += (torch.int8, torch.uint8, torch.int64)  # of quantized checkpoints
 
 
 class WeightSpec(NamedTuple):
