@@ -19,8 +19,8 @@ import torch  # isort: skip  (after llama, which sets what torch reads when it i
 SIZES = ("7B", "13B", "30B", "34B", "65B", "70B")
 FLAGS = {
     "model_size": (SIZES, None, "folder in INPUT_DIR (default: the weights are in INPUT_DIR)"),
-    "input_dir": (str, "model", "where the weights, or folders of weights, are"),
-    "output_dir": (str, ".", "where merged.pth is written"),
+    "input_dir": (Path, "model", "where the weights, or folders of weights, are"),
+    "output_dir": (Path, ".", "where merged.pth is written"),
     "dtype": (cli.DTYPES, None, "convert the weights (default: keep their dtype)"),
     "quantize": (cli.SCHEMES, None, "round them: int8 halves fp16's file, int4 makes it a third"),
     "overwrite": (bool, False, "replace files that exist"),
@@ -30,8 +30,7 @@ FLAGS = {
 def main(args: Namespace) -> None:
     if torch.distributed.is_initialized():
         raise UserError("run merge-weights.py without torchrun: it is one process")
-    folder = Path(args.input_dir, args.model_size or "").expanduser()
-    target = Path(args.output_dir).expanduser()
+    folder, target = args.input_dir / (args.model_size or ""), args.output_dir
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
     # Meta's params.json is copied, but not into the current directory, the default of output_dir.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)

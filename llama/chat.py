@@ -102,7 +102,7 @@ class Chat:
         cache, lookup = llama.model.new_cache(self.limit), PromptLookup(sampling.prompt_lookup)
         self.sequence = SequenceState([], cache, lookup, torch.empty(0))
         self.reset()
-        check_length("the system prompt", len(self.encode(self.template(), "")), self.limit)
+        check_length("the system prompt", len(self.encode(self.template(True), "")), self.limit)
 
     def reset(self) -> None:
         """Begin a new conversation."""
@@ -129,9 +129,11 @@ class Chat:
         self.begin_reply()
         self.begin_turn(message)
         text, shown = message if self.style.separator is None else "", ""
+        n_decoded = 0  # a character may consist of several tokens: `text` has it after the last one
         try:
             for piece in self.llama.tokenizer.decode_stream(self.new_tokens(), within=True):
                 text += piece
+                n_decoded = self.n_new if piece else n_decoded
                 shown, before = visible_part(text, self.style.stop), shown
                 yield shown[len(before) :]
                 if self.style.stop in text:
@@ -141,6 +143,7 @@ class Chat:
                 shown, before = text.strip(), shown
                 yield shown[len(before) :]
         finally:
+            self.truncate(len(self.sequence.tokens) - (self.n_new - n_decoded))
             self.remove_tail(text.lstrip()[len(shown) :] if shown else text)
 
     def retry(self) -> str:
@@ -153,15 +156,16 @@ class Chat:
 
     def begin_turn(self, message: str) -> None:
         """Append one turn to the context, and leave room for at least one token."""
-        if self.style.separator is None:
-            self.reset()
-        template = self.template()
+        is_first = self.style.separator is None or not self.message_starts
+        template = self.template(is_first)
         ids = self.encode(template, message)
         # Ids of this turn before its message, and ids that eviction never removes.
         n_before = common_length(ids, self.encode(template.partition("{user}")[0], ""))
-        n_kept = self.message_starts[0] if self.message_starts else n_before
+        n_kept = n_before if is_first else self.message_starts[0]
         length = n_kept + len(ids) - n_before
         check_length("this message, with what always precedes it,", length, self.limit)
+        if is_first:
+            self.reset()
         self.sequence.uniforms = self.sampling.uniforms(self.generator)
         self.last_message, self.last_turn_start = message, len(self.sequence.tokens)
         self.message_starts.append(self.last_turn_start + n_before)
@@ -169,10 +173,10 @@ class Chat:
         while len(self.sequence.tokens) >= self.limit:
             self.evict()
 
-    def template(self) -> str:
-        """The format of the next turn."""
-        preamble = self.style.preamble if self.system and not self.message_starts else ""
-        before = self.style.separator if self.message_starts else "<s>"
+    def template(self, is_first: bool) -> str:
+        """The format of the first or of another turn."""
+        preamble = self.style.preamble if self.system and is_first else ""
+        before = "<s>" if is_first else self.style.separator
         return before + self.style.turn.replace("{preamble}", preamble)
 
     def encode(self, template: str, message: str) -> list[int]:

@@ -28,11 +28,11 @@ DEMO = ROOT / "model" / "demo"
 ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
 DTYPES = ("float32", "bfloat16")
-# Type (list: a text, repeatable) or choices, default, text.
+# Type (list: a path, repeatable) or choices, default, text.
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
-    "ckpt_dir": (str, None, "directory of the weights (default: ./model, or else the demo model)"),
-    "tokenizer_path": (str, None, "tokenizer.model (default: ckpt_dir, its parent, ./tokenizer)"),
+    "ckpt_dir": (Path, None, "directory of the weights (default: ./model, or else the demo model)"),
+    "tokenizer_path": (Path, None, "tokenizer.model (default: ckpt_dir, its parent, ./tokenizer)"),
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
@@ -153,7 +153,9 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(kind, tuple):
                 options = {"type": as_choice, "choices": kind}
             elif kind is list:
-                options = {"action": "append", "metavar": "FILE"}
+                options = {"action": "append", "type": as_path, "metavar": "FILE"}
+            elif kind is Path:
+                options = {"type": as_path, "metavar": "PATH"}
             else:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
             text += f" (default: {default})" if default else ""
@@ -187,6 +189,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def as_path(text: str) -> Path:
+    """A path. Shells expand ~ in `--flag ~/file`, not in `--flag=~/file`."""
+    return Path(os.path.expanduser(text))
+
+
 def as_choice(text: str) -> str:
     """A choice as the flags spell it: 8 for int8, 13b for 13B, FP32 for float32."""
     text = text.upper() if re.fullmatch(r"\d+[bB]", text) else text.lower()
@@ -213,19 +220,17 @@ def set_threads(threads: int | None, folder: Path) -> int | None:
     return None if is_fixed else torch.get_num_threads()
 
 
-def find_model(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[Path, Path | None]:
+def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path, Path | None]:
     """The directory of weights and the tokenizer that the flags name, or the defaults.
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
     models = (f for f in (Path("model"), ROOT / "model") if has_weights(f))
-    folder = next(models, DEMO) if ckpt_dir is None else Path(ckpt_dir).expanduser()
+    folder = ckpt_dir or next(models, DEMO)
     if ckpt_dir is None and folder == DEMO:
         found = found_in(Path("model"))
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
-    if tokenizer_path is None:
-        return folder, find_tokenizer(folder)
-    return folder, Path(tokenizer_path).expanduser()
+    return folder, tokenizer_path or find_tokenizer(folder)
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -237,13 +242,13 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def read_prompts(prompts: Sequence[str], prompt_files: Sequence[str] | None) -> list[str]:
+def read_prompts(prompts: Sequence[str], prompt_files: Sequence[Path] | None) -> list[str]:
     """The texts to continue: arguments, stdin for -, and files."""
     # Bytes of the command line that are not UTF-8 become U+FFFD.
     texts = [read_stdin() if p == "-" else os.fsencode(p).decode(errors="replace") for p in prompts]
     for path in prompt_files or ():
         try:
-            texts.append(Path(path).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n"))
+            texts.append(path.read_text(encoding="utf-8-sig").removesuffix("\n"))
         except OSError as error:
             raise UserError(f"`prompt_file` {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
