@@ -16,6 +16,10 @@ from llama.merge import open_source, write_merged
 from llama.quantization.linear import Int4Linear, Int8Linear
 
 TOKENS = torch.randint(3, 2000, (4, 24), generator=torch.Generator().manual_seed(1))
+STORY = (
+    "Once upon a time, in a small village by the sea, there lived a girl named Lily. She loved to"
+    " walk along the beach and look for shells."
+)
 W2 = "layers.1.feed_forward.w2"
 WEIGHT_KINDS = {
     "normal": normal(128, 256),
@@ -91,14 +95,16 @@ def test_outlier_channels_take_most_of_the_error_of_massive_activations(massive,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.02), ("int4", 0.045)])
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.013), ("int4", 0.065)])
 def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     model = load(DEMO)
-    tokens = torch.tensor([model.tokenizer.encode("Once upon a time, in a", bos=True, eos=False)])
-    expected = model.model(tokens, 0)
-    logits = load(DEMO, dtype, quantize=quantize).model(tokens, 0)
+    tokens = torch.tensor([model.tokenizer.encode(STORY, bos=True, eos=False)])
+    beginnings = [tokens[:, :n] for n in range(4, tokens.shape[1])]
+    expected = torch.cat([model.model(beginning, 0) for beginning in beginnings])
+    rounded = load(DEMO, dtype, quantize=quantize).model
+    logits = torch.cat([rounded(beginning, 0) for beginning in beginnings])
     assert logits.dtype == torch.float32
-    assert relative_error(logits, expected) < bound  # int4: 0.041, without outliers 0.052
+    assert relative_error(logits, expected) < bound
 
 
 def test_quantizing_while_merging_or_from_shards_is_the_same(stored, scheme, tmp_path, weights):
