@@ -12,6 +12,7 @@ fallback, for a PyTorch or a CPU without it.
 | bf16    | AVX2      | sums of rows of W^T (3)      | blocks of W^T converted to fp32 |
 | bf16    | others    | F.linear (3)                 | blocks converted to fp32        |
 | int8    | VNNI      | oneDNN, int8 activations     | the same                        |
+| int8    | AVX2      | FBGEMM, two 7-bit activations | the same                       |
 | int8    | others    | _weight_int8pack_mm (31)     | blocks converted to fp32        |
 | int4    | VNNI      | _weight_int4pack_mm (63)     | blocks unpacked to int8         |
 | int4    | others    | _weight_int4pack_mm (63)     | blocks unpacked to fp32         |
@@ -23,6 +24,7 @@ In parentheses: up to how many tokens. The 8-bit operator needs in_features that
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -75,6 +77,24 @@ def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(q, weight)
 
 
+def fbgemm_pack(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
+    """int8 W, (m, k), and fp32 scales, (m,), in the form of `fbgemm_linear`, which is no tensor."""
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are deprecated
+        quantized = torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0)
+    return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def fbgemm_linear(x: Tensor, packed: torch.ScriptObject) -> Tensor:
+    """fp32 round(x) (scales * W)^T for fp32 x, (n, k), of at most 63.
+
+    Larger sums of two products saturate at 16 bits.
+    """
+    operator = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return operator(x, 1.0, 64, packed)
+
+
 def int8pack_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """x (scales * W)^T for bf16 x and scales, int8 W."""
     return torch.ops.aten._weight_int8pack_mm(x, weight, scales)
@@ -108,6 +128,19 @@ def has_vnni() -> bool:
     try:
         exact = (int8_linear(q, 1.0, int8_pack(q), torch.ones(64)) == 64 * 127 * 127).all()
         return bool(exact and (int8_matmul(q, q.t()) == 64 * 127 * 127).all())
+    except UNAVAILABLE:
+        return False
+
+
+@functools.cache
+def has_fbgemm() -> bool:
+    """True if FBGEMM multiplies int8 exactly, as long as activations have 7 bits."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # before AVX2, or not x86
+        return False
+    q = torch.full((64, 64), 127, dtype=torch.int8)
+    try:
+        packed = fbgemm_pack(q, torch.ones(64))
+        return bool((fbgemm_linear(q / 127 * 63, packed) == 64 * 63 * 127).all())
     except UNAVAILABLE:
         return False
 

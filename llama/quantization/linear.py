@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import (
+    fbgemm_linear,
+    fbgemm_pack,
     fp32_blocks,
+    has_fbgemm,
     has_int8pack,
     has_vnni,
     int4_interleaving,
@@ -82,13 +85,17 @@ class QuantizedLinear(nn.Module):
         return y.addmm_(x32.index_select(1, self.outliers), self.outlier_weights).type_as(x)
 
 
+def token_scales(x: Tensor, largest: int = 127) -> Tensor | float:
+    """The scale of each row, (n, 1), or a number for one row, which takes fewer operators."""
+    if len(x) == 1:
+        return max(x.abs().max().item(), 1e-12) / largest
+    return row_scales(x, largest)
+
+
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor | float]:
-    """x (n, k) as scale * q: int8 q; scales (n, 1), or a number for one row. Overwrites x."""
-    if len(x) == 1:  # fewer operators
-        scale = max(x.abs().max().item(), 1e-12) / 127
-        return x.mul_(1 / scale).round_().to(torch.int8), scale
-    scales = row_scales(x)
-    return x.mul_(1 / scales).round_().to(torch.int8), scales
+    """x (n, k) as scale * q: int8 q, and the scale of `token_scales`. Overwrites x."""
+    scale = token_scales(x)
+    return x.mul_(1 / scale).round_().to(torch.int8), scale
 
 
 class Int8Linear(QuantizedLinear):
@@ -110,14 +117,31 @@ class Int8Linear(QuantizedLinear):
     def prepare_weight(self) -> None:
         if has_vnni():
             self.weight = int8_pack(self.weight)
+        elif has_fbgemm():
+            self.packed = fbgemm_pack(self.weight, self.scales)
+            self.weight = self.weight.to("meta")  # its shape and size
 
     def multiply(self, x: Tensor) -> Tensor:
         if has_vnni():
             return int8_linear(*round_activations(x), self.weight, self.scales)
+        if has_fbgemm():
+            return self.multiply_twice(x)
         # PyTorch 2.13 reads past the end of rows that are not a multiple of 16 long.
         if len(x) < INT8PACK_TOKENS and has_int8pack() and x.shape[1] % 16 == 0:
             return int8pack_linear(x.bfloat16(), self.weight, self.scales.bfloat16()).float()
         return linear_by_blocks(x, fp32_blocks(self.weight)).mul_(self.scales)
+
+    def multiply_twice(self, x: Tensor) -> Tensor:
+        """x Q^T without 8-bit products that do not saturate: x = scale * (high + low / 126).
+
+        Both have 7 bits. For few tokens the second costs little, because both read Q once. Measured
+        on AMD with AVX2, beside _weight_int8pack_mm: 1.8 times as fast for one token.
+        """
+        scale = token_scales(x, 63)
+        high = x.mul_(1 / scale).round()
+        low = x.sub_(high).mul_(126)
+        high, low = fbgemm_linear(torch.cat([high, low]), self.packed).split(len(x))
+        return high.add_(low, alpha=1 / 126).mul_(scale)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

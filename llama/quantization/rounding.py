@@ -10,10 +10,10 @@ CLIPS = (1.0, 0.9)  # fractions of a group's range, tried for its low and its hi
 ROUNDING_SIZE = 2**17  # weights rounded at a time: some ten fp32 temporaries stay in the caches
 
 
-def row_scales(x: Tensor) -> Tensor:
-    """The scale of each row, (n, 1), that maps it to -127 to 127."""
+def row_scales(x: Tensor, largest: int = 127) -> Tensor:
+    """The scale of each row, (n, 1), that maps it to -largest to largest."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return torch.maximum(-low, high).clamp_(min=1e-12).div_(127)
+    return torch.maximum(-low, high).clamp_(min=1e-12).div_(largest)
 
 
 def int4_group_size(in_features: int) -> int:
