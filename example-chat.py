@@ -7,6 +7,7 @@ Examples:
   python example-chat.py --ckpt_dir model/TinyLlama --quantize int8
 """
 
+import re
 from argparse import Namespace
 from contextlib import closing
 
@@ -45,7 +46,7 @@ def main(args: Namespace) -> None:
     if style not in STYLES:
         style = "dialog"
         terminal.notice("the model's chat template is not known: choose a --style")
-    chat = llama.Chat(model, STYLES[style], args.system, sampling)
+    chat = llama.Chat(model, style, args.system, sampling)
     if terminal.is_interactive():
         terminal.notice(
             f"{folder.resolve().name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
@@ -58,7 +59,8 @@ def converse(chat: llama.Chat) -> None:
     """Answer messages until the end of input."""
     messages = terminal.read_messages()
     while (message := cli.from_rank0(next, messages, None)) is not None:
-        command = message.lower()
+        # A path or a comment, or a text of several lines, is a message.
+        command = message.lower() if re.fullmatch(r"/[\w?]*( .*)?", message) else ""
         if command in ("/exit", "/quit", "/bye"):
             return
         if command == "/reset":
@@ -71,7 +73,7 @@ def converse(chat: llama.Chat) -> None:
                 answer(chat, last)
             else:
                 terminal.notice("there is no reply yet")
-        elif message.startswith("/"):
+        elif command:
             terminal.notice(f"there is no command {message:.60}: /help lists them")
         elif message.strip():
             answer(chat, message)

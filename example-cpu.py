@@ -4,8 +4,8 @@ Each prompt is printed with its continuation. Timings and errors go to stderr.
 
 Examples:
   python example-cpu.py "Once upon a time"
-  python example-cpu.py --ckpt_dir model/13B --quantize int8 "Simply put, relativity states"
-  python example-cpu.py --prompt_file letter.txt --max_seq_len 2048 --temperature 0
+  python example-cpu.py --ckpt_dir model/13B --quantize int8 "Simply put, the"
+  python example-cpu.py --prompt_file letter.txt --max_seq_len 2048
 """
 
 import time

@@ -1,17 +1,19 @@
 """Merge INPUT_DIR/MODEL_SIZE/consolidated.*.pth into OUTPUT_DIR/merged.pth.
 
-A Hugging Face folder (config.json, tokenizer.model and weights) is written in Meta's format.
+A Hugging Face folder (config.json, tokenizer.model and weights) is written in
+Meta's format. Without --model_size the weights are in INPUT_DIR itself.
 
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
-  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama --quantize int8
-  python merge-weights.py --input_dir model/7B --output_dir model/7B-int8 --quantize int8
+  python merge-weights.py --output_dir model/7B-int8 --quantize int8
+  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama
 """
 
 from argparse import Namespace
 from pathlib import Path
 
 from llama import UserError, cli, terminal
+from llama.checkpoint import has_weights
 from llama.merge import open_source, write_merged
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
@@ -19,7 +21,7 @@ import torch  # isort: skip  (after llama, which sets what torch reads when it i
 SIZES = ("7B", "13B", "30B", "34B", "65B", "70B")
 FLAGS = {
     "model_size": (SIZES, None, "folder in INPUT_DIR (default: the weights are in INPUT_DIR)"),
-    "input_dir": (Path, "model", "where the weights, or folders of weights, are"),
+    "input_dir": (Path, None, "where the weights, or folders of weights, are (default: model)"),
     "output_dir": (Path, ".", "where merged.pth is written"),
     "dtype": (cli.DTYPES, None, "convert the weights (default: keep their dtype)"),
     "quantize": (cli.SCHEMES, None, "round them: int8 halves fp16's file, int4 makes it a third"),
@@ -30,7 +32,11 @@ FLAGS = {
 def main(args: Namespace) -> None:
     if torch.distributed.is_initialized():
         raise UserError("run merge-weights.py without torchrun: it is one process")
-    folder, target = args.input_dir / (args.model_size or ""), args.output_dir
+    models = (path for path in (Path("model"), cli.ROOT / "model") if path.is_dir())
+    parent, target = args.input_dir or next(models, Path("model")), args.output_dir
+    folder = parent / (args.model_size or "")
+    if not folder.exists() and has_weights(parent):
+        raise UserError(f"{parent} has weights itself: leave out `model_size`")
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
     # Meta's params.json is copied, but not into the current directory, the default of output_dir.
     source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
@@ -40,10 +46,12 @@ def main(args: Namespace) -> None:
         step = f"Run: python example-cpu.py --ckpt_dir {target}"
     elif (target / "params.json").exists():
         step = "To run it, put tokenizer.model beside it"
-    elif (folder / "params.json").exists():
-        step = f"To run it, move it to {folder}, where params.json is"
-    else:
+    elif not (folder / "params.json").exists():
         step = "To run it, put its params.json beside it"
+    elif (folder / "merged.pth").exists():
+        step = f"To run it, put a copy of {folder / 'params.json'} beside it"
+    else:
+        step = f"To run it, move it to {folder}, where params.json is"
     terminal.notice(f"wrote {merged}. {step}")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import check
 from .generation import LLaMA, SequenceState, Timings, check_length, common_length
 from .lookup import PromptLookup
 from .sampling import Sampling
@@ -89,12 +90,22 @@ class Chat:
     stays. Each turn computes only its own tokens.
 
     Args:
-        style: The prompt format, one of STYLES.
+        style: The prompt format, or the name of one of STYLES. Default: `llama.chat_style`.
         system: The system prompt. None: the style's; "": no system prompt.
         sampling: How replies are drawn; max_gen_len limits one reply.
     """
 
-    def __init__(self, llama: LLaMA, style: Style, system: str | None, sampling: Sampling):
+    def __init__(
+        self,
+        llama: LLaMA,
+        style: Style | str | None = None,
+        system: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  (it is frozen)
+    ):
+        if not isinstance(style, Style):
+            style = llama.chat_style if style is None else style
+            check(style in STYLES, "style", f"one of {', '.join(STYLES)}", style)
+            style = STYLES[style]
         self.llama, self.style, self.sampling = llama, style, sampling
         self.limit = llama.model.args.max_seq_len
         self.generator = sampling.generator()

@@ -76,17 +76,20 @@ def check_folder(folder: Path, argument: str) -> None:
     if not folder.exists():
         raise UserError(f"there is no directory {folder}{found_in(folder.parent)}: {remedy}")
     if not has_weights(folder):
+        if any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} has no config.json: download it too")
         raise UserError(
             f"{folder} has no weights{found_in(folder)}: {remedy}, which are merged.pth, "
             "consolidated.*.pth, or config.json with *.safetensors or pytorch_model*.bin"
         )
 
 
-def found_in(folder: Path) -> str:
-    """The subfolders that contain weights, for errors."""
+def found_in(folder: Path, but: Path | None = None) -> str:
+    """The subfolders that contain weights, for errors. but: One that is left out."""
     readable = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
     paths = folder.iterdir() if readable else ()
-    names = (path.name for path in paths if os.access(path, os.X_OK) and has_weights(path))
+    paths = (path for path in paths if os.access(path, os.X_OK) and path.resolve() != but)
+    names = (path.name for path in paths if has_weights(path))
     found = sorted(names, key=lambda name: (len(name), name))  # 7B before 13B
     more = ", ..." if len(found) > 8 else ""
     return f" (found: {', '.join(found[:8])}{more})" if found else ""

@@ -74,6 +74,8 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
+        if isinstance(error, OSError):
+            fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}")
         fail(params_to_flags(str(error)))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -228,8 +230,10 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
     models = (f for f in (Path("model"), ROOT / "model") if has_weights(f))
     folder = ckpt_dir or next(models, DEMO)
     if ckpt_dir is None and folder == DEMO:
-        found = found_in(Path("model"))
+        found = found_in(Path("model"), but=DEMO)
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
+    if tokenizer_path and tokenizer_path.is_dir():
+        tokenizer_path /= "tokenizer.model"
     return folder, tokenizer_path or find_tokenizer(folder)
 
 

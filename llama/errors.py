@@ -27,6 +27,10 @@ def check_file(path: Path) -> None:
             raise UserError(f"{path} is a directory: name a file")
         kind = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"{path} {kind}")
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise UserError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(23)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if beginning == b"version https://git-lfs":
+        raise UserError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")

@@ -118,7 +118,7 @@ class LLaMA:
     def generate(
         self,
         prompts: str | Sequence[str],
-        max_gen_len: int,
+        max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
         **options: float | None,
@@ -162,7 +162,7 @@ class LLaMA:
     def stream(
         self,
         prompt: str | Sequence[int],
-        max_gen_len: int,
+        max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
         **options: float | None,

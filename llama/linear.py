@@ -3,21 +3,23 @@
 Only this file uses private operators of PyTorch (torch.ops, torch._int_mm). Each has a public
 fallback, for a PyTorch or a CPU without it.
 
-| weights | CPU       | few tokens                   | more tokens                     |
-|---------|-----------|------------------------------|---------------------------------|
-| fp32    | AMD       | sums of rows of W^T (3)      | oneDNN, blocks of W^T           |
-| fp32    | AVX512    | F.linear (1)                 | oneDNN                          |
-| fp32    | others    | F.linear                     | the same                        |
-| bf16    | AVX512    | oneDNN, its own layout       | the same                        |
-| bf16    | AVX2      | sums of rows of W^T (3)      | blocks of W^T converted to fp32 |
-| bf16    | others    | F.linear (3)                 | blocks converted to fp32        |
-| int8    | VNNI      | oneDNN, int8 activations     | the same                        |
-| int8    | AVX2      | FBGEMM, two 7-bit activations | the same                       |
-| int8    | others    | _weight_int8pack_mm (31)     | blocks converted to fp32        |
-| int4    | VNNI      | _weight_int4pack_mm (63)     | blocks unpacked to int8         |
-| int4    | others    | _weight_int4pack_mm (63)     | blocks unpacked to fp32         |
+| weights | CPU         | few tokens                 | more tokens                     |
+|---------|-------------|----------------------------|---------------------------------|
+| fp32    | AMD, AVX512 | sums of rows of W^T (3)    | oneDNN, blocks of W^T           |
+| fp32    | AMD         | oneDNN                     | the same                        |
+| fp32    | AVX512      | F.linear (1)               | oneDNN                          |
+| fp32    | others      | F.linear                   | the same                        |
+| bf16    | AVX512      | oneDNN, its own layout     | the same                        |
+| bf16    | Intel, AVX2 | sums of rows of W^T (3)    | blocks of W^T converted to fp32 |
+| bf16    | others      | F.linear (3)               | blocks converted to fp32        |
+| int8    | VNNI        | oneDNN, int8 activations   | the same                        |
+| int8    | AVX2        | FBGEMM, activations as sums of two 7-bit terms | the same    |
+| int8    | others      | _weight_int8pack_mm (31)   | blocks converted to fp32        |
+| int4    | VNNI        | _weight_int4pack_mm (63)   | blocks unpacked to int8         |
+| int4    | others      | _weight_int4pack_mm (63)   | blocks unpacked to fp32         |
 
-In parentheses: up to how many tokens. The 8-bit operator needs in_features that are a multiple of
+The first row that fits counts. In parentheses: up to how many tokens. fp32 products of blocks are
+oneDNN's on AMD, F.linear elsewhere. The 8-bit operator needs in_features that are a multiple of
 16, the 4-bit operator out_features that are a multiple of 64.
 
 `python tests/benchmark.py kernels` measures all of them on the CPU at hand.
@@ -122,6 +124,11 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+def is_amd() -> bool:
+    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+
+
+@functools.cache
 def has_vnni() -> bool:
     """True if oneDNN accumulates int8 products in 32 bits. Without VNNI, pairs saturate at 16."""
     q = torch.full((64, 64), 127, dtype=torch.int8)
@@ -196,10 +203,15 @@ def fp32_blocks(weight: Tensor) -> Iterator[Tensor]:
     return (weight[rows].float() for rows in row_blocks(*weight.shape))
 
 
+def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear, and on AMD, where MKL is slow, oneDNN's product."""
+    return (onednn_linear if is_amd() and has_onednn(x.dtype) else F.linear)(x, weight)
+
+
 def linear_by_blocks(x: Tensor, blocks: Iterator[Tensor]) -> Tensor:
     """x W^T for fp32 blocks of rows of W. In fp32; the result has the dtype of x."""
     x32 = x.float()
-    return torch.cat([F.linear(x32, block) for block in blocks], 1).type_as(x)
+    return torch.cat([fp32_linear(x32, block) for block in blocks], 1).type_as(x)
 
 
 class PlainLinear(nn.Module):
@@ -218,8 +230,9 @@ class PlainLinear(nn.Module):
 class OneDNNLinear(nn.Module):
     """oneDNN's product: fp32 weights as they are, bf16 weights in its own layout.
 
-    Measured on Intel, beside F.linear: bf16 1.4 times as fast for one token, fp32 1.9 times for 8
-    tokens and 1.1 times for 128.
+    Measured on Intel with AVX-512, beside F.linear: bf16 1.4 times as fast for one token, fp32 1.9
+    times for 8 tokens and 1.1 times for 128. fp32 on AMD with AVX2: 1.3, 2.3 and 1.2 times for 1, 8
+    and 128 tokens.
     """
 
     def __init__(self, weight: Tensor):
@@ -229,15 +242,15 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1 and self.weight.dtype == torch.float32:
-            return F.linear(x, self.weight)
+            return fp32_linear(x, self.weight)
         return onednn_linear(x, self.weight)
 
 
 class TransposedLinear(nn.Module):
     """W^T in blocks of columns. Few tokens: weighted sums of its rows, at memory bandwidth.
 
-    Measured for one token: fp32 on AMD 1.3 times as fast as oneDNN, 2 times as F.linear (MKL); bf16
-    with AVX2 1.2 to 1.4 times as fast as F.linear.
+    Measured for one token: fp32 on AMD with AVX-512 1.3 times as fast as oneDNN, 2 times as F.linear
+    (MKL); bf16 on Intel with AVX2 1.2 to 1.4 times as fast as F.linear.
     """
 
     def __init__(self, weight: Tensor):
@@ -255,10 +268,8 @@ class TransposedLinear(nn.Module):
             rows = all_rows(*self.table.shape[:2])
             sums = [weighted_sums(self.table, rows, row.expand(len(rows), -1)) for row in x]
             return torch.stack(sums).flatten(1)[:, : self.out_features]
-        x32 = x.float()
-        multiply = onednn_linear if is_amd() and has_onednn(torch.float32) else F.linear
-        y = torch.cat([multiply(x32, block.float().t()) for block in self.table], 1)
-        return y[:, : self.out_features].type_as(x)
+        blocks = (block.float().t() for block in self.table)
+        return linear_by_blocks(x, blocks)[:, : self.out_features]
 
 
 @functools.lru_cache(maxsize=8)  # a model has some five shapes
@@ -266,16 +277,11 @@ def all_rows(n_blocks: int, n_rows: int) -> Tensor:
     return torch.arange(n_blocks * n_rows, dtype=torch.int32).view(n_blocks, n_rows)
 
 
-@functools.cache
-def is_amd() -> bool:
-    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
-
-
 def fast_linear(weight: Tensor) -> nn.Module:
     """The layer that computes x W^T fastest on this CPU, for an fp32 or bf16 weight."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if is_amd() if weight.dtype == torch.float32 else capability == "AVX2":
+    cpu = torch.backends.cpu.get_cpu_capability(), is_amd()
+    if cpu == (("AVX512", True) if weight.dtype == torch.float32 else ("AVX2", False)):
         return TransposedLinear(weight)
-    if capability == "AVX512" and has_onednn(weight.dtype):
+    if (cpu[0] == "AVX512" or is_amd()) and has_onednn(weight.dtype):
         return OneDNNLinear(weight)
     return PlainLinear(weight)

@@ -88,7 +88,8 @@ def load(
     max_batch_size: int = 32,
     quantize: str | None = None,
 ) -> LLaMA:
-    """Load a model and its tokenizer. Weights and activations have torch's default dtype.
+    """Load a model and its tokenizer. Activations, and weights that are not quantized, have torch's
+    default dtype.
 
     Where the ranks of llama/parallel.py run, every rank loads its part.
 
@@ -99,7 +100,7 @@ def load(
             download, beside it.
         max_seq_len: Tokens of context, prompt and continuation together.
         max_batch_size: Maximum number of prompts in a batch.
-        quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: as they are stored.
+        quantize: int8 or int4, to round the weights to 8 or 4 bits. Default: do not round them.
     Returns:
         The model, ready for `generate` and `stream`.
     Raises:

@@ -16,7 +16,7 @@ class Sampling:
     """How far a sequence is continued, and how its tokens are drawn.
 
     Args:
-        max_gen_len: Maximum number of tokens to generate.
+        max_gen_len: Maximum number of tokens to generate for a prompt or a message.
         temperature: 0 takes the most probable token each time; higher is more surprising.
         top_p: Draw from the most probable tokens that together have this probability, 0 to 1.
         top_k: Draw only from the top_k most probable tokens. None or 0: no limit.
@@ -26,7 +26,7 @@ class Sampling:
             drafts. It changes the speed, not the distribution of the text.
     """
 
-    max_gen_len: int
+    max_gen_len: int = 256
     temperature: float = 0.8
     top_p: float = 0.95
     top_k: int | None = None

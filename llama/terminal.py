@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 N_HISTORY = 1000  # messages that are remembered
+BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\033[?2004h", "\033[?2004l"
 
 
 def is_interactive() -> bool:
@@ -93,9 +94,10 @@ def print_pieces(pieces: Iterable[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         return
-    limit, column, word = shutil.get_terminal_size().columns, 0, ""
+    column, word = 0, ""
     with without_echo():
         for char in chain.from_iterable(pieces):
+            limit = shutil.get_terminal_size().columns  # the window may change
             if not char.isspace():
                 word += char
                 if column + width(word) >= limit and column:
@@ -118,19 +120,24 @@ def width(text: str) -> int:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show what is typed meanwhile: the next prompt receives it."""
+    """Do not show what is typed or pasted meanwhile: the next prompt receives it."""
     try:
+        import readline
         import termios
     except ImportError:  # Windows
         yield
         return
+    # readline marks a pasted text only while it reads, and macOS' libedit never.
+    marks = "libedit" not in readline.__doc__ and os.environ.get("TERM") != "dumb"
     before = termios.tcgetattr(sys.stdin)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    print(BRACKETED_PASTE_ON * marks, end="", flush=True)
     try:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        print(BRACKETED_PASTE_OFF * marks, end="", flush=True)
 
 
 def notice(text: str) -> None:

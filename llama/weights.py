@@ -142,7 +142,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is damaged, or holds objects other than tensors, which could run code"
+            f"{path} is damaged (download it again), or holds objects other than tensors, which "
+            "could run code"
         ) from None
     except MemoryError:
         raise

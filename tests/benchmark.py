@@ -221,6 +221,9 @@ def kernel_candidates(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         kernels["int8 oneDNN, int8 activations"] = lambda x: linear.int8_linear(
             *round_activations(x.clone()), packed8, int8.scales
         )
+    if linear.has_fbgemm():
+        int8.packed = linear.fbgemm_pack(raw, int8.scales)
+        kernels["int8 FBGEMM, two terms"] = lambda x: int8.multiply_twice(x.clone())
     int4.prepare()
     if int4.interleaving:
         kernels["int4 _weight_int4pack_mm"] = lambda x: linear.int4_linear(

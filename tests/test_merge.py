@@ -62,6 +62,8 @@ def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_s
     command = re.search(r"Run: python (\S+) (.*)", result.stderr.decode())
     done = run_script(command[1], *command[2].split(), "--temperature=0", "--max_gen_len=8", "Hi")
     assert done.stdout.decode() == printed(folder, ["Hi"], 8)
+    flags = ["--input_dir", "model/13B", "--model_size", "13B"]
+    assert "leave out --model_size" in error_line(run_script("merge-weights.py", *flags))
 
 
 def test_shards_beside_a_config_json_are_merged_as_shards(checkpoint, weights, tmp_path):
