@@ -249,8 +249,8 @@ class OneDNNLinear(nn.Module):
 class TransposedLinear(nn.Module):
     """W^T in blocks of columns. Few tokens: weighted sums of its rows, at memory bandwidth.
 
-    Measured for one token: fp32 on AMD with AVX-512 1.3 times as fast as oneDNN, 2 times as F.linear
-    (MKL); bf16 on Intel with AVX2 1.2 to 1.4 times as fast as F.linear.
+    Measured for one token: fp32 on AMD with AVX-512 1.3 times as fast as oneDNN, 2 times as
+    F.linear (MKL); bf16 on Intel with AVX2 1.2 to 1.4 times as fast as F.linear.
     """
 
     def __init__(self, weight: Tensor):

@@ -57,7 +57,6 @@ def new_chat(folder):
         if said:
             ids = [model.tokenizer.encode(text, False, True, within=True) for text in said]
             model.model.output = Speaker([*chain.from_iterable(ids)])
-        style = llama.STYLES[style] if isinstance(style, str) else style
         options = {"max_gen_len": 50, "prompt_lookup": 0 if said else 8, **options}
         return llama.Chat(model, style, system, llama.Sampling(**options))
 
@@ -210,6 +209,11 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_c
     assert text_of(chat) == before
     assert chat.retry() == "Hi"
     assert say(chat, "How are you?")[0].endswith("Fine")
+
+
+def test_an_unknown_style_is_refused_by_name(new_chat):
+    with pytest.raises(llama.UserError, match="`style` must be one of dialog, .*, not 'x'"):
+        new_chat(style="x")
 
 
 def test_a_system_prompt_longer_than_the_context_is_refused_at_once(new_chat):

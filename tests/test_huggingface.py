@@ -162,7 +162,7 @@ def test_mistrals_control_tokens_are_its_prompt_format(tmp_path):
     added = {"1": {"content": "<s>"}, "3": {"content": "[INST]"}, "4": {"content": "[/INST]"}}
     edit_json(folder / "tokenizer_config.json", added_tokens_decoder=added, chat_template=template)
     llm = llama.load(folder)
-    chat = llama.Chat(llm, llama.STYLES[llm.chat_style], None, llama.Sampling(1))
+    chat = llama.Chat(llm, sampling=llama.Sampling(1))
     list(chat.reply("Hi there"))
     ids = [1, 3, *llm.tokenizer.sp_model.encode("Hi there"), 4]
     assert chat.sequence.tokens[: len(ids)] == ids
