@@ -37,7 +37,8 @@ from .cache import weighted_sums
 
 FEW_TOKENS = 3  # up to here memory bandwidth is the bound, beyond it arithmetic
 OUTPUT_BLOCK = 128  # outputs in a block of W^T
-BLOCK_SIZE = 2**21  # elements that are converted or unpacked at once: they stay in the caches
+BLOCK_SIZE = 2**21  # elements of int4 that are unpacked at once: they stay in the caches
+FP32_BLOCK_SIZE = 2**20  # elements that are converted to fp32 at once
 ZERO_POINT = torch.zeros(1, dtype=torch.int32)  # of symmetric int8 weights
 UNAVAILABLE = (AttributeError, RuntimeError)  # no such operator in this PyTorch, or on this CPU
 
@@ -192,15 +193,17 @@ def unpack_int4(packed: Tensor, interleaving: int) -> Tensor:
     return out.view(torch.int8).flatten(1)
 
 
-def row_blocks(n_rows: int, n_columns: int) -> list[slice]:
-    """Slices of about BLOCK_SIZE elements; each starts at a multiple of 64 rows."""
-    step = max(BLOCK_SIZE // n_columns // 64, 1) * 64
+def row_blocks(n_rows: int, n_columns: int, size: int = BLOCK_SIZE) -> list[slice]:
+    """Slices of about `size` elements; each starts at a multiple of 64 rows."""
+    step = max(size // n_columns // 64, 1) * 64
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
 def fp32_blocks(weight: Tensor) -> Iterator[Tensor]:
-    """A matrix in fp32, some rows at a time."""
-    return (weight[rows].float() for rows in row_blocks(*weight.shape))
+    """A matrix in fp32, some rows at a time. Each block overwrites the one before."""
+    slices = row_blocks(*weight.shape, FP32_BLOCK_SIZE)
+    buffer = torch.empty(slices[0].stop, weight.shape[1], dtype=torch.float32)
+    return (buffer[: rows.stop - rows.start].copy_(weight[rows]) for rows in slices)
 
 
 def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:

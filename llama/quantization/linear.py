@@ -148,7 +148,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 q and fp32 scales such that q * scales[:, None] is nearest to a matrix."""
     q = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight), dtype=torch.float32)
-    for rows, block in zip(row_blocks(*weight.shape), fp32_blocks(weight)):
+    for rows in row_blocks(*weight.shape):
+        block = weight[rows].float()
         scale = row_scales(block)
         q[rows], scales[rows] = (block / scale).round_(), scale.squeeze(1)
     return q, scales
