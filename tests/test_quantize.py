@@ -16,10 +16,7 @@ from llama.merge import open_source, write_merged
 from llama.quantization.linear import Int4Linear, Int8Linear
 
 TOKENS = torch.randint(3, 2000, (4, 24), generator=torch.Generator().manual_seed(1))
-STORY = (
-    "Once upon a time, in a small village by the sea, there lived a girl named Lily. She loved to"
-    " walk along the beach and look for shells."
-)
+STORY = "Once upon a time, in a village by the sea, there lived a girl named Lily. She loved to"
 W2 = "layers.1.feed_forward.w2"
 WEIGHT_KINDS = {
     "normal": normal(128, 256),
@@ -95,7 +92,7 @@ def test_outlier_channels_take_most_of_the_error_of_massive_activations(massive,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.013), ("int4", 0.065)])
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 0.01), ("int8", 0.018), ("int4", 0.052)])
 def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     model = load(DEMO)
     tokens = torch.tensor([model.tokenizer.encode(STORY, bos=True, eos=False)])
@@ -104,7 +101,7 @@ def test_the_demos_logits_stay_near_those_of_fp32(dtype, quantize, bound):
     rounded = load(DEMO, dtype, quantize=quantize).model
     logits = torch.cat([rounded(beginning, 0) for beginning in beginnings])
     assert logits.dtype == torch.float32
-    assert relative_error(logits, expected) < bound
+    assert relative_error(logits, expected) < bound  # int4 without outliers: 0.056
 
 
 def test_quantizing_while_merging_or_from_shards_is_the_same(stored, scheme, tmp_path, weights):
