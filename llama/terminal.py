@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 N_HISTORY = 1000  # messages that are remembered
-BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\033[?2004h", "\033[?2004l"
 
 
 def is_interactive() -> bool:
@@ -120,24 +119,19 @@ def width(text: str) -> int:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show what is typed or pasted meanwhile: the next prompt receives it."""
+    """Do not show what is typed meanwhile: the next prompt receives it."""
     try:
-        import readline
         import termios
     except ImportError:  # Windows
         yield
         return
-    # readline marks a pasted text only while it reads, and macOS' libedit never.
-    marks = "libedit" not in readline.__doc__ and os.environ.get("TERM") != "dumb"
     before = termios.tcgetattr(sys.stdin)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    print(BRACKETED_PASTE_ON * marks, end="", flush=True)
     try:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-        print(BRACKETED_PASTE_OFF * marks, end="", flush=True)
 
 
 def notice(text: str) -> None:

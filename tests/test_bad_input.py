@@ -120,7 +120,7 @@ class Command(str):
 def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path):
     attack = {"norm.weight": Command(f"touch {tmp_path}/mark")}
     torch.save(attack, folder / "merged.pth")
-    assert "merged.pth is damaged, or holds objects other than tensors" in refusal(folder)
+    assert "merged.pth is damaged (download it again), or holds objects" in refusal(folder)
     assert not (tmp_path / "mark").exists()
 
 

@@ -67,7 +67,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly(flags):
 def test_a_full_disk_under_stdout_is_one_error_line(run_script, flags, script):
     with open("/dev/full", "w") as full:
         result = run_script(script, *flags, "--max_gen_len", 5, stdout=full, input=b"Hi\n")
-    assert error_line(result).startswith("error: [Errno 28] No space")
+    assert error_line(result).startswith("error: reading or writing failed: No space")
 
 
 @pytest.fixture(scope="module")
