@@ -35,7 +35,7 @@ def main(args: Namespace) -> None:
     models = (path for path in (Path("model"), cli.ROOT / "model") if path.is_dir())
     parent, target = args.input_dir or next(models, Path("model")), args.output_dir
     folder = parent / (args.model_size or "")
-    if not folder.exists() and has_weights(parent):
+    if not folder.exists() and has_weights(parent) and args.model_size in ("7B", parent.name):
         raise UserError(f"{parent} has weights itself: leave out `model_size`")
     tokenizer = cli.find_tokenizer(folder) if args.quantize else None
     # Meta's params.json is copied, but not into the current directory, the default of output_dir.
