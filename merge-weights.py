@@ -32,8 +32,8 @@ FLAGS = {
 def main(args: Namespace) -> None:
     if torch.distributed.is_initialized():
         raise UserError("run merge-weights.py without torchrun: it is one process")
-    models = (path for path in (Path("model"), cli.ROOT / "model") if path.is_dir())
-    parent, target = args.input_dir or next(models, Path("model")), args.output_dir
+    parent = args.input_dir or next(filter(Path.is_dir, cli.MODELS), cli.MODELS[0])
+    target = args.output_dir
     folder = parent / (args.model_size or "")
     if not folder.exists() and has_weights(parent) and args.model_size in ("7B", parent.name):
         raise UserError(f"{parent} has weights itself: leave out `model_size`")

@@ -90,7 +90,8 @@ class Chat:
     stays. Each turn computes only its own tokens.
 
     Args:
-        style: The prompt format, or the name of one of STYLES. Default: `llama.chat_style`.
+        llama: The model, as `load` returns it.
+        style: The prompt format, or the name of one of STYLES. Default: the model's chat_style.
         system: The system prompt. None: the style's; "": no system prompt.
         sampling: How replies are drawn; max_gen_len limits one reply.
     """

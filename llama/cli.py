@@ -25,6 +25,7 @@ from .terminal import notice
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "model" / "demo"
+MODELS = (Path("model"), ROOT / "model")  # where weights are by default: here, beside the scripts
 ONE_THREAD = 2**24  # bytes of files: smaller models gain nothing from a second thread
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "8": "int8", "4": "int4"}
 DTYPES = ("float32", "bfloat16")
@@ -227,10 +228,9 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
 
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
-    models = (f for f in (Path("model"), ROOT / "model") if has_weights(f))
-    folder = ckpt_dir or next(models, DEMO)
+    folder = ckpt_dir or next(filter(has_weights, MODELS), DEMO)
     if ckpt_dir is None and folder == DEMO:
-        found = found_in(Path("model"), but=DEMO)
+        found = found_in(MODELS[0], but=DEMO)
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
     if tokenizer_path and tokenizer_path.is_dir():
         tokenizer_path /= "tokenizer.model"

@@ -75,10 +75,8 @@ def write_merged(
     if output_dir.suffix == ".pth" or output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is not a directory: set `output_dir` to one")
     is_new = not output_dir.exists()
-    try:
+    with writing_to(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output_dir} cannot be made: {error.strerror}") from None
     target = output_dir / "merged.pth"
     with ExitStack() as stack:
         # The stack ends in reverse: merged.pth is renamed last, an empty new folder is removed.
@@ -98,6 +96,16 @@ def write_merged(
     return target
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise UserError where the system refuses to write to the output directory."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be written to ({error.strerror})"
+        raise UserError(f"{folder} {reason}: set `output_dir` to another directory") from None
+
+
 def remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
@@ -115,11 +123,8 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
         raise exists
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
-        try:
+        with writing_to(path.parent):
             partial.touch()
-        except OSError as error:
-            reason = f"cannot be written to ({error.strerror}): set `output_dir` to another one"
-            raise UserError(f"{path.parent} {reason}") from None
         yield partial
         with partial.open("r+b") as file:
             os.fsync(file.fileno())

@@ -66,6 +66,9 @@ def test_commands_are_not_for_the_model(echo):
         echo.expect(rf"\033\[2m[^\033]*{told}[^\033]*\033\[0m")
         echo.expect(PROMPT)
         assert "tokens/s" not in echo.before
+    for line in ("/usr/bin", "// a comment"):
+        echo.sendline(line)
+        echo.expect(LINE + re.escape(line) + f".*{STATUS}.*{PROMPT}")
 
 
 def test_ctrl_c_clears_a_line_and_says_on_an_empty_one_how_to_leave(echo):
