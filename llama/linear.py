@@ -234,7 +234,7 @@ class OneDNNLinear(nn.Module):
     """oneDNN's product: fp32 weights as they are, bf16 weights in its own layout.
 
     Measured on Intel with AVX-512, beside F.linear: bf16 1.4 times as fast for one token, fp32 1.9
-    times for 8 tokens and 1.1 times for 128. fp32 on AMD with AVX2: 1.3, 2.3 and 1.2 times for 1, 8
+    times for 8 tokens and 1.1 times for 128. fp32 on AMD with AVX2: 1.2, 2.4 and 1.4 times for 1, 8
     and 128 tokens.
     """
 
