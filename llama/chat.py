@@ -103,6 +103,7 @@ class Chat:
         system: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  (it is frozen)
     ):
+        check(isinstance(llama, LLaMA), "llama", "a model that llama.load returns", llama)
         if not isinstance(style, Style):
             style = llama.chat_style if style is None else style
             check(style in STYLES, "style", f"one of {', '.join(STYLES)}", style)

@@ -238,11 +238,14 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts."""
+    """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts.
+
+    All sizes of LLaMA have the same one, so that of a model in the parent folder comes last.
+    """
     places = [folder / "tokenizer.model"]
     if not is_huggingface(folder):
-        here = Path("tokenizer", "tokenizer.model")
-        places = [nearest_tokenizer(folder), here, ROOT / here]
+        here, above = Path("tokenizer", "tokenizer.model"), folder.parent / "tokenizer.model"
+        places = [nearest_tokenizer(folder), here, ROOT / here, above]
     return next((path for path in places if path.exists()), None)
 
 

@@ -61,7 +61,7 @@ class Timings:
     def __str__(self) -> str:
         prompt_rate = self.prompt_tokens / max(self.prompt_seconds, 1e-9)
         per_pass = self.new_tokens / max(self.new_passes, 1)
-        text = f"prompt {prompt_rate:.1f} tokens/s"
+        text = f"prompt {prompt_rate:.1f} tokens/s" if self.prompt_tokens else "nothing generated"
         text += f", generated {self.new_rate:.1f} tokens/s" if self.new_tokens else ""
         text += f" ({per_pass:.1f} for each pass)" if per_pass > 1.05 else ""
         return text + (f", stopped at {self.stopped_at}" if self.stopped_at else "")

@@ -119,18 +119,21 @@ def width(text: str) -> int:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show what is typed meanwhile: the next prompt receives it."""
+    """Do not show what is typed or pasted meanwhile: the next prompt receives it."""
     try:
         import termios
     except ImportError:  # Windows
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    # Without ICANON keys stay as they are, for readline.
+    silent = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    print("\033[?2004h", end="", flush=True)  # bracketed paste
     try:
         yield
     finally:
+        print("\033[?2004l", end="", flush=True)
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 

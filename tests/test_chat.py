@@ -211,9 +211,11 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_c
     assert say(chat, "How are you?") == [{"dialog": "Fine", "complete": "How are you? Fine"}[style]]
 
 
-def test_an_unknown_style_is_refused_by_name(new_chat):
+def test_an_unknown_style_and_a_folder_for_a_model_are_refused_by_name(new_chat):
     with pytest.raises(llama.UserError, match="`style` must be one of dialog, .*, not 'x'"):
         new_chat(style="x")
+    with pytest.raises(llama.UserError, match="`llama` must be a model .*, not 'model/demo'"):
+        llama.Chat("model/demo")
 
 
 def test_a_system_prompt_longer_than_the_context_is_refused_at_once(new_chat):

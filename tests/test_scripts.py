@@ -44,6 +44,14 @@ def test_weights_in_model_are_the_default_and_so_is_the_usual_prompt(run_script,
     assert b"2 layers" in done.stderr and b" thread" in done.stderr
 
 
+def test_a_larger_model_finds_the_tokenizer_in_the_folder_of_7b(run_script, weights, tmp_path):
+    folder = write_shards(tmp_path / "model", weights, 1)
+    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    write_shards(folder / "13B", weights, 2)
+    done = run_script("example-cpu.py", "--ckpt_dir", "model/13B", "--max_gen_len", 1)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
     args = ["--ckpt_dir", DEMO, "--max_gen_len", 2, "--max_seq_len"]
     assert b"warning" not in run_script("example-cpu.py", *args, 512).stderr
