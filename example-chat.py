@@ -8,6 +8,7 @@ Examples:
 """
 
 import re
+import sys
 from argparse import Namespace
 from contextlib import closing
 
@@ -47,7 +48,7 @@ def main(args: Namespace) -> None:
         style = "dialog"
         terminal.notice("the model's chat template is not known: choose a --style")
     chat = llama.Chat(model, style, args.system, sampling)
-    if terminal.is_interactive():
+    if sys.stdin.isatty():
         terminal.notice(
             f"{folder.resolve().name}, {model.weight_bytes / 1e6:,.0f} MB, style {style}. "
             "/help lists the commands."
@@ -69,10 +70,10 @@ def converse(chat: llama.Chat) -> None:
         elif command in ("/help", "/?"):
             terminal.notice(HELP)
         elif command == "/retry":
-            if last := chat.retry():
-                answer(chat, last)
-            else:
+            if (last := chat.retry()) is None:
                 terminal.notice("there is no reply yet")
+            else:
+                answer(chat, last)
         elif command:
             terminal.notice(f"there is no command {message:.60}: /help lists them")
         elif message.strip():

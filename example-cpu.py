@@ -41,7 +41,9 @@ def main(args: Namespace) -> None:
     if args.verbose:
         cli.report(model)
 
-    prompts = prompts or [DEMO_PROMPT if folder.resolve() == cli.DEMO else PROMPT]
+    if not prompts:
+        terminal.notice("no prompt is given, this is a sample: - reads a prompt from stdin")
+        prompts = [DEMO_PROMPT if folder.resolve() == cli.DEMO else PROMPT]
     if len(prompts) == 1:
         texts = [model.stream(prompts[0], **vars(sampling))]
     else:

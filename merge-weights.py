@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from llama import UserError, cli, terminal
-from llama.checkpoint import has_weights
+from llama.checkpoint import found_in, has_weights
 from llama.merge import open_source, write_merged
 
 import torch  # isort: skip  (after llama, which sets what torch reads when it is imported)
@@ -35,11 +35,14 @@ def main(args: Namespace) -> None:
     parent = args.input_dir or next(filter(Path.is_dir, cli.MODELS), cli.MODELS[0])
     target = args.output_dir
     folder = parent / (args.model_size or "")
-    if not folder.exists() and has_weights(parent) and args.model_size in ("7B", parent.name):
-        raise UserError(f"{parent} has weights itself: leave out `model_size`")
-    tokenizer = cli.find_tokenizer(folder) if args.quantize else None
-    # Meta's params.json is copied, but not into the current directory, the default of output_dir.
-    source = open_source(folder, target.resolve() != Path.cwd(), tokenizer)
+    if args.model_size and not folder.exists():
+        is_parent = has_weights(parent) and args.model_size in ("7B", parent.name)
+        remedy = f"{parent} has weights itself, leave out" if is_parent else "set `input_dir` or"
+        raise UserError(f"there is no {folder}{found_in(parent)}: {remedy} `model_size`")
+    # Meta's params.json and tokenizer.model are copied, but not into the current directory, the
+    # default of output_dir.
+    copy_files = target.resolve() != Path.cwd()
+    source = open_source(folder, copy_files, cli.find_tokenizer(folder))
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)
     if (target / "params.json").exists() and cli.find_tokenizer(target):

@@ -104,6 +104,7 @@ class Chat:
         sampling: Sampling = Sampling(),  # noqa: B008  (it is frozen)
     ):
         check(isinstance(llama, LLaMA), "llama", "a model that llama.load returns", llama)
+        check(isinstance(sampling, Sampling), "sampling", "a llama.Sampling", sampling)
         if not isinstance(style, Style):
             style = llama.chat_style if style is None else style
             check(style in STYLES, "style", f"one of {', '.join(STYLES)}", style)
@@ -121,7 +122,7 @@ class Chat:
         """Begin a new conversation."""
         self.truncate(0)
         self.message_starts: list[int] = []  # where each turn's message begins in the context
-        self.last_message, self.last_turn_start = "", 0
+        self.last_message, self.last_turn_start = None, 0
         self.begin_reply()
 
     def begin_reply(self) -> None:
@@ -138,6 +139,7 @@ class Chat:
         Raises:
             UserError: The message is longer than the context. The conversation stays as it is.
         """
+        check(isinstance(message, str), "message", "a text", message)
         message = message.strip()
         self.begin_reply()
         self.begin_turn(message)
@@ -159,10 +161,10 @@ class Chat:
             self.truncate(len(self.sequence.tokens) - (self.n_new - n_decoded))
             self.remove_tail(text.lstrip()[len(shown) :] if shown else text)
 
-    def retry(self) -> str:
-        """Remove the last turn from the context. Returns its message, to be sent again, or ""."""
-        message, self.last_message = self.last_message, ""
-        if message:
+    def retry(self) -> str | None:
+        """Remove the last turn from the context. Returns its message, to be sent again, if any."""
+        message, self.last_message = self.last_message, None
+        if message is not None:
             self.message_starts.pop()
             self.truncate(self.last_turn_start if self.message_starts else 0)
         return message

@@ -71,6 +71,8 @@ def nearest_tokenizer(folder: Path) -> Path:
 def check_folder(folder: Path, argument: str) -> None:
     """Raise UserError unless a directory has weights. argument: The parameter that names it."""
     remedy = f"set `{argument}` to the directory of the weights"
+    if folder.suffix == ".gguf":
+        raise UserError(f"{folder}: GGUF is not supported: download the original weights")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a directory: {remedy}")
     if not folder.exists():
@@ -151,8 +153,8 @@ def model_args(
         found, wanted = describe(weights.get(name)), describe(expected.get(name))
         if found != wanted:
             raise UserError(
-                f"{path.parent}: {aliases.get(name, name)} is {found}, but by {path.name} should "
-                f"be {wanted}: a file is missing, or they are of different models"
+                f"{path.parent}: a file is missing, or they are of different models: "
+                f"{aliases.get(name, name)} is {found}, but by {path.name} should be {wanted}"
             )
     return args
 

@@ -32,8 +32,8 @@ DTYPES = ("float32", "bfloat16")
 # Type (list: a path, repeatable) or choices, default, text.
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
-    "ckpt_dir": (Path, None, "directory of the weights (default: ./model, or else the demo model)"),
-    "tokenizer_path": (Path, None, "tokenizer.model (default: ckpt_dir, its parent, ./tokenizer)"),
+    "ckpt_dir": (Path, None, "directory of the weights (default: model, or else the demo in it)"),
+    "tokenizer_path": (Path, None, "tokenizer.model (default: in ckpt_dir, its parent, tokenizer)"),
     "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
@@ -229,6 +229,9 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
     folder = ckpt_dir or next(filter(has_weights, MODELS), DEMO)
+    inside = next((model / folder for model in MODELS if has_weights(model / folder)), None)
+    if inside and not folder.exists():
+        raise UserError(f"there is no directory {folder}: did you mean `ckpt_dir={inside}`?")
     if ckpt_dir is None and folder == DEMO:
         found = found_in(MODELS[0], but=DEMO)
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
@@ -267,6 +270,8 @@ def read_prompts(prompts: Sequence[str], prompt_files: Sequence[Path] | None) ->
 
 def read_stdin() -> str:
     """The text on stdin, without a byte order mark and the last newline."""
+    if sys.stdin.isatty():
+        notice("reading a prompt from stdin: Ctrl-D ends it")
     text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
     if not text:
         raise UserError("stdin is empty: - reads the prompt from it, once")

@@ -126,8 +126,8 @@ class LLaMA:
         """Continue one or several prompts.
 
         Args:
-            prompts: Texts, or token ids. They run in batches of max_batch_size, or of as many as
-                fit in memory.
+            prompts: A text, or several texts or lists of token ids. They run in batches of
+                max_batch_size, or of as many as fit in memory.
             max_gen_len, temperature, top_p, options: See `llama.Sampling`.
         Returns:
             Each prompt with its continuation.

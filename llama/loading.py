@@ -27,7 +27,7 @@ from .model import ModelArgs, Transformer
 from .params import LARGEST
 from .system import WORKING_MEMORY, available_memory
 from .tokenizer import Tokenizer
-from .weights import Weight, quantization_of
+from .weights import FORMAT_KEY, Weight, quantization_of
 
 
 def open_checkpoint(
@@ -110,13 +110,14 @@ def load(
         good = type(value) is int and 0 < value <= LARGEST
         check(good, name, f"an integer from 1 to {LARGEST}", value)
     check(quantize in (None, *SCHEMES), "quantize", "int8 or int4", quantize)
+    check(isinstance(ckpt_dir, str | Path), "ckpt_dir", "a path", ckpt_dir)
     folder = Path(ckpt_dir)
     check_folder(folder, "ckpt_dir")
     weights, params, args, tokenizer, _ = open_checkpoint(folder, tokenizer_path)
     if tokenizer is None:
         raise UserError(
             f"there is no tokenizer {tokenizer_path or nearest_tokenizer(folder)}: tokenizer.model "
-            "comes with the weights, put it beside them, or set `tokenizer_path` to it"
+            "comes with the weights, put it there, or set `tokenizer_path` to it"
         )
     check_context(params, max_seq_len)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
@@ -151,8 +152,8 @@ def build(
     """The model with its weights, each read once and brought into its final form."""
     scheme = quantize or quantization_of(weights)
     model = empty_model(args, scheme)
-    total = sum(weight.shape.numel() for weight in weights.values())
-    options = {"unit": " weights", "unit_scale": True, "disable": None}
+    total = sum(weights[name].shape.numel() for name in weights.keys() - {FORMAT_KEY})
+    options = {"unit": " weights", "unit_scale": True, "delay": 1, "disable": None}
     with tqdm(desc="loading", total=total, **options) as bar:
 
         def read(name: str, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,8 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         folder: The directory of the weights. Without params.json they can be merged, not quantized.
         copy_files: Copy Meta's params.json and tokenizer.model too. Those of a Hugging Face folder
             are always written.
-        tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
+        tokenizer_path: The tokenizer that is copied, and encodes the calibration text. Default: the
+            nearest one.
     """
     check_folder(folder, "input_dir")
     params_path = folder / "params.json"
@@ -42,7 +43,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
         return Checkpoint(open_shards(paths), {}, None, None, {})
     checkpoint = open_checkpoint(folder, tokenizer_path, originals=True)
     if copy_files and not checkpoint.files:
-        extras = (params_path, nearest_tokenizer(folder))
+        extras = (params_path, tokenizer_path or nearest_tokenizer(folder))
         checkpoint.files.update({path.name: path.read_bytes() for path in extras if path.exists()})
     return checkpoint
 

@@ -32,6 +32,8 @@ def read_messages() -> Iterator[str]:
     remember = open_history() if interactive else lambda message: None
     while True:
         prompt = "      > " if text else "prompt> "
+        if sys.stdin.isatty() and not interactive:  # input() would print it to stdout
+            print(prompt, end="", file=sys.stderr, flush=True)
         try:
             line = input(prompt if interactive else "")
         except KeyboardInterrupt:

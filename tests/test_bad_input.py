@@ -82,7 +82,7 @@ NAN = torch.full((1024, 128), math.nan).half()
 DAMAGES = {
     "a gap": (lambda f: (f / LAST).rename(f / "consolidated.02.pth"), f"{LAST} is missing"),
     "the first shard missing": (lambda f: (f / FIRST).unlink(), f"{FIRST} is missing"),
-    "the last shard missing": (lambda f: (f / LAST).unlink(), "should be.*a file is missing"),
+    "the last shard missing": (lambda f: (f / LAST).unlink(), "a file is missing.*should be"),
     "another model's shard": (lambda f: change(f, LAST, "norm", SEVENS), "not shards of one mod"),
     "cut": (lambda f: os.truncate(f / LAST, 700_000), LAST),
     "a web page": (lambda f: (f / LAST).write_text("<html>404</html>"), LAST),

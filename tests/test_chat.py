@@ -211,11 +211,20 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(new_c
     assert say(chat, "How are you?") == [{"dialog": "Fine", "complete": "How are you? Fine"}[style]]
 
 
-def test_an_unknown_style_and_a_folder_for_a_model_are_refused_by_name(new_chat):
+def test_an_unknown_style_is_refused_by_name(new_chat):
     with pytest.raises(llama.UserError, match="`style` must be one of dialog, .*, not 'x'"):
         new_chat(style="x")
+
+
+def test_arguments_of_other_types_are_refused_by_name(new_chat):
     with pytest.raises(llama.UserError, match="`llama` must be a model .*, not 'model/demo'"):
         llama.Chat("model/demo")
+    with pytest.raises(llama.UserError, match="`sampling` must be .*Sampling, not {}"):
+        llama.Chat(new_chat().llama, sampling={})
+    with pytest.raises(llama.UserError, match="`message` must be a text, not None"):
+        say(new_chat(), None)
+    with pytest.raises(llama.UserError, match="`ckpt_dir` must be a path, not None"):
+        llama.load(None)
 
 
 def test_a_system_prompt_longer_than_the_context_is_refused_at_once(new_chat):
@@ -227,14 +236,15 @@ def test_reset_forgets_the_talk(new_chat):
     chat = new_chat(" Hello", " Fine")
     say(chat, "My name is Tom")
     chat.reset()
-    assert (say(chat, "Who am I?"), chat.retry(), chat.retry()) == (["Fine"], "Who am I?", "")
+    assert (say(chat, "Who am I?"), chat.retry(), chat.retry()) == (["Fine"], "Who am I?", None)
     assert text_of(chat) == ""
 
 
-def test_retry_takes_the_last_turn_back_and_nothing_of_it_is_left(new_chat):
+@pytest.mark.parametrize("last", ["How are you?", ""])
+def test_retry_takes_the_last_turn_back_and_nothing_of_it_is_left(new_chat, last):
     chat, other = new_chat(temperature=0), new_chat(temperature=0)
-    say(chat, "Hi", "How are you?")
-    assert chat.retry() == "How are you?"
+    say(chat, "Hi", last)
+    assert chat.retry() == last
     assert say(chat, "Who are you?") == say(other, "Hi", "Who are you?")[1:]
     assert text_of(chat) == text_of(other)
 

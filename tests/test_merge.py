@@ -50,10 +50,12 @@ def test_merging_converts(weights, tmp_path):
         assert torch.equal(weight, weights[name].bfloat16())
 
 
-@pytest.mark.parametrize("place", ["model/13B", "model"])  # Meta's download has it in the second
+# Meta's download has it in the second, the README puts it into the third.
+@pytest.mark.parametrize("place", ["model/13B", "model", "tokenizer"])
 def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_script, place):
     """params.json and tokenizer.model are copied into another folder."""
     folder = write_shards(tmp_path / "model" / "13B", weights, 2)
+    (tmp_path / place).mkdir(exist_ok=True)
     shutil.copy(TOKENIZER, tmp_path / place)
     result = run_script("merge-weights.py", "--model_size", "13b", "--output_dir", "out")
     assert (result.returncode, result.stdout) == (0, b""), result.stderr
