@@ -184,4 +184,4 @@ def test_stdout_stays_clean_where_only_stdout_is_piped(flags, run_script):
     os.write(master, b"/help\n\x04")
     result = run_script("example-chat.py", *flags, stdin=terminal, env=ENV)
     assert result.stdout == b""
-    assert b"/reset" in result.stderr
+    assert b"/reset" in result.stderr and b"prompt> " in result.stderr
