@@ -22,9 +22,9 @@ SIZES = ("7B", "13B", "30B", "34B", "65B", "70B")
 FLAGS = {
     "model_size": (SIZES, None, "folder in INPUT_DIR (default: the weights are in INPUT_DIR)"),
     "input_dir": (Path, None, "where the weights, or folders of weights, are (default: model)"),
-    "output_dir": (Path, ".", "where merged.pth is written"),
+    "output_dir": (Path, ".", "where merged.pth, params.json and tokenizer.model are written"),
     "dtype": (cli.DTYPES, None, "convert the weights (default: keep their dtype)"),
-    "quantize": (cli.SCHEMES, None, "round them: int8 halves fp16's file, int4 makes it a third"),
+    "quantize": (cli.SCHEMES, None, "round them; int8: half of fp16's file, int4: a third"),
     "overwrite": (bool, False, "replace files that exist"),
 }
 
@@ -39,22 +39,14 @@ def main(args: Namespace) -> None:
         is_parent = has_weights(parent) and args.model_size in ("7B", parent.name)
         remedy = f"{parent} has weights itself, leave out" if is_parent else "set `input_dir` or"
         raise UserError(f"there is no {folder}{found_in(parent)}: {remedy} `model_size`")
-    # Meta's params.json and tokenizer.model are copied, but not into the current directory, the
-    # default of output_dir.
-    copy_files = target.resolve() != Path.cwd()
-    source = open_source(folder, copy_files, cli.find_tokenizer(folder))
+    source = open_source(folder, cli.find_tokenizer(folder))
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = write_merged(source, target, dtype, args.quantize, args.overwrite)
     if (target / "params.json").exists() and cli.find_tokenizer(target):
         step = f"Run: python example-cpu.py --ckpt_dir {target}"
-    elif (target / "params.json").exists():
-        step = "To run it, put tokenizer.model beside it"
-    elif not (folder / "params.json").exists():
-        step = "To run it, put its params.json beside it"
-    elif (folder / "merged.pth").exists():
-        step = f"To run it, put a copy of {folder / 'params.json'} beside it"
     else:
-        step = f"To run it, move it to {folder}, where params.json is"
+        missing = "tokenizer.model" if (target / "params.json").exists() else "params.json"
+        step = f"To run it, put its {missing} beside it"
     terminal.notice(f"wrote {merged}. {step}")
 
 

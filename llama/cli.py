@@ -32,9 +32,17 @@ DTYPES = ("float32", "bfloat16")
 # Type (list: a path, repeatable) or choices, default, text.
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
-    "ckpt_dir": (Path, None, "directory of the weights (default: model, or else the demo in it)"),
+    "ckpt_dir": (
+        Path,
+        None,
+        "directory of the weights (default: model or, without any, model/demo)",
+    ),
     "tokenizer_path": (Path, None, "tokenizer.model (default: in ckpt_dir, its parent, tokenizer)"),
-    "dtype": (DTYPES, "float32", "float32 is exact; bfloat16 takes half the memory"),
+    "dtype": (
+        DTYPES,
+        "float32",
+        "dtype of the weights or, with --quantize, of the activations",
+    ),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
     "top_p": (float, Sampling.top_p, "draw from top tokens that together have this probability"),

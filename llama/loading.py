@@ -122,7 +122,7 @@ def load(
     check_context(params, max_seq_len)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     if quantize and quantization_of(weights):
-        raise UserError("the weights are quantized already: leave out `quantize`")
+        raise UserError(f"{find_files(folder)[0]} is quantized already: leave out `quantize`")
     if torch.distributed.is_initialized():
         from .parallel import shard_weights
 

@@ -26,13 +26,11 @@ from .loading import open_checkpoint
 from .weights import FORMAT_KEY, as_bytes, open_shards, quantization_of
 
 
-def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = None) -> Checkpoint:
+def open_source(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
     """Open Meta's shards or merged.pth, or a Hugging Face folder.
 
     Args:
         folder: The directory of the weights. Without params.json they can be merged, not quantized.
-        copy_files: Copy Meta's params.json and tokenizer.model too. Those of a Hugging Face folder
-            are always written.
         tokenizer_path: The tokenizer that is copied, and encodes the calibration text. Default: the
             nearest one.
     """
@@ -42,7 +40,7 @@ def open_source(folder: Path, copy_files: bool, tokenizer_path: Path | None = No
     if paths and not params_path.exists():
         return Checkpoint(open_shards(paths), {}, None, None, {})
     checkpoint = open_checkpoint(folder, tokenizer_path, originals=True)
-    if copy_files and not checkpoint.files:
+    if not checkpoint.files:
         extras = (params_path, tokenizer_path or nearest_tokenizer(folder))
         checkpoint.files.update({path.name: path.read_bytes() for path in extras if path.exists()})
     return checkpoint

@@ -108,7 +108,7 @@ def attempt(request):
 
 
 def merge(folder: Path, out: Path, quantize: str | None) -> None:
-    write_merged(open_source(folder, False), out, quantize=quantize, overwrite=True)
+    write_merged(open_source(folder), out, quantize=quantize, overwrite=True)
 
 
 def use(folder: Path, quantize: str | None = None) -> None:

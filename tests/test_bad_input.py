@@ -106,7 +106,7 @@ def test_damaged_weights_are_refused_by_load_and_by_merge(folder, tmp_path, dama
     assert re.search(expected, message), message
     assert str(folder) in message
     with pytest.raises(llama.UserError):
-        write_merged(open_source(folder, False), tmp_path / "out")
+        write_merged(open_source(folder), tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
 
 

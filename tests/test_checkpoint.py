@@ -49,7 +49,7 @@ def test_metas_releases_run_unmerged_and_merge_bit_for_bit(n_shards, angles, par
     unused = {angles.format(layer): freqs for layer in range(2)}
     folder = write_shards(tmp_path / "in", weights | unused, n_shards, params)
     assert greedy(folder) == greedy(write_shards(tmp_path / "one", weights, 1, params))
-    merged = torch.load(write_merged(open_source(folder, False), tmp_path), weights_only=True)
+    merged = torch.load(write_merged(open_source(folder), tmp_path), weights_only=True)
     assert merged.keys() == weights.keys()
     assert all(torch.equal(merged[name], weight) for name, weight in weights.items())
 
@@ -122,7 +122,7 @@ def test_a_vocabulary_of_minus_1_is_as_large_as_the_embedding(weights, tmp_path)
     row = torch.full((1, PARAMS["dim"]), 60000.0).half()
     more = {n: torch.cat([weights[n], row]) for n in ("tok_embeddings.weight", "output.weight")}
     write_shards(tmp_path, weights | more, 1)
-    write_merged(open_source(tmp_path, False), tmp_path)
+    write_merged(open_source(tmp_path), tmp_path)
     model = llama.load(tmp_path, TOKENIZER)
     assert model.model.args.vocab_size == 2049
     assert model.model.output(torch.ones(1, PARAMS["dim"])).argmax() == 2048
@@ -169,7 +169,7 @@ def test_loading_takes_little_more_memory_than_the_weights(large, dtype, quantiz
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_loading_quantized_weights_takes_no_second_copy(large, scheme, tmp_path):
-    write_merged(open_source(large, copy_files=True), tmp_path, quantize=scheme)
+    write_merged(open_source(large), tmp_path, quantize=scheme)
     assert peak_beside_weights(tmp_path, "float32", "") < 100e6  # the weights: 227 and 141 MB
 
 

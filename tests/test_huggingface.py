@@ -59,14 +59,14 @@ def edit_json(path: Path, **fields: object) -> None:
 
 def convert(folder: Path, out: Path, **options) -> llama.LLaMA:
     """The model that a conversion writes."""
-    write_merged(open_source(folder, True), out, **options)
+    write_merged(open_source(folder), out, **options)
     return llama.load(out, max_seq_len=64)
 
 
 def refusal(folder: Path) -> str:
     """The one line with which a folder is refused."""
     with pytest.raises(llama.UserError) as caught:
-        open_source(folder, True)
+        open_source(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -91,13 +91,13 @@ def test_a_folder_and_its_conversion_agree_with_transformers(name, kind, tmp_pat
 
 def test_config_json_of_earlier_transformers_is_understood(tmp_path):
     folder = write_folder(tmp_path, "grouped")
-    expected = open_source(folder, True).args
+    expected = open_source(folder).args
     absent = {"rope_parameters": None, "head_dim": None, "mlp_bias": None}
     edit_json(folder / "config.json", **absent, rope_theta=1e6, rope_scaling={"type": "default"})
-    assert open_source(folder, True).args == expected
+    assert open_source(folder).args == expected
     for rope in ({"rope_type": "default"}, {"rope_theta": 1e6}):
         edit_json(folder / "config.json", rope_parameters=rope)
-        assert open_source(folder, True).args == expected
+        assert open_source(folder).args == expected
 
 
 def test_the_script_converts_the_originals_of_a_folder_where_they_are(tmp_path, run_script):
@@ -223,11 +223,11 @@ def test_a_set_of_files_that_is_not_whole_is_refused(kind, damage, expected, tmp
 
 def test_files_of_two_models_are_told_apart_by_the_index(tmp_path):
     sharded = write_folder(tmp_path, kind="sharded")
-    expected = open_source(sharded, True).weights["output.weight"].read(torch.float32)
+    expected = open_source(sharded).weights["output.weight"].read(torch.float32)
     for path in sharded.glob("model-*.safetensors"):
         other = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
         save_file(other, sharded / path.name.replace("of-0", "of-9"))
-    found = open_source(sharded, True).weights["output.weight"].read(torch.float32)
+    found = open_source(sharded).weights["output.weight"].read(torch.float32)
     assert torch.equal(found, expected)
     (sharded / "model.safetensors.index.json").unlink()
     assert "two models" in refusal(sharded)
@@ -272,5 +272,5 @@ UNKNOWN = [("unknown", TULU), ("unknown", 1)]
 def test_the_prompt_format_is_kept(tmp_path, template, style):
     folder = write_folder(tmp_path / "in")
     edit_json(folder / "tokenizer_config.json", chat_template=template)
-    params = json.loads(open_source(folder, True).files["params.json"])
+    params = json.loads(open_source(folder).files["params.json"])
     assert params.get("chat_style") == style

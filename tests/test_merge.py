@@ -23,7 +23,7 @@ WQ = "layers.0.attention.wq.weight"
 
 def merge(folder: Path, out: Path, **options) -> dict[str, torch.Tensor]:
     """What merged.pth holds afterwards."""
-    return torch.load(write_merged(open_source(folder, False), out, **options), weights_only=True)
+    return torch.load(write_merged(open_source(folder), out, **options), weights_only=True)
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Hooked(Weight):
 
 
 def hooked(folder: Path, hook: Callable[[], None]) -> Checkpoint:
-    source = open_source(folder, False)
+    source = open_source(folder)
     weights = {name: Hooked(**vars(w), hook=hook) for name, w in source.weights.items()}
-    return source._replace(weights=weights)
+    return source._replace(weights=weights, files={})
 
 
 def test_merging_converts(weights, tmp_path):
@@ -97,7 +97,7 @@ def test_merging_takes_the_memory_of_one_weight(tmp_path):
 import pathlib, sys, llama.merge
 from llama.system import peak_memory
 before, folder = peak_memory(), pathlib.Path(sys.argv[1])
-llama.merge.write_merged(llama.merge.open_source(folder, False), folder)
+llama.merge.write_merged(llama.merge.open_source(folder), folder)
 print(peak_memory() - before)
 """
     grown = int(run_code(code, write_zeros(tmp_path, n_shards=2)))  # of 0.45 GB
@@ -109,7 +109,7 @@ print(peak_memory() - before)
 def test_an_existing_file_is_kept_unless_told_otherwise(name, tmp_path):
     mine = tmp_path / name
     mine.write_text("mine")
-    source = open_source(DEMO, True)
+    source = open_source(DEMO)
     with pytest.raises(llama.UserError, match=f"{name} exists.*`overwrite`"):
         write_merged(source, tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
@@ -135,8 +135,8 @@ def test_a_target_that_appears_while_a_merge_runs_is_kept(checkpoint, tmp_path, 
 def test_weights_never_lie_beside_another_models_params(checkpoint, tmp_path, monkeypatch):
     """Where a run with --overwrite ends between two files."""
     out = tmp_path / "out"
-    write_merged(open_source(checkpoint, True), out)
-    source = open_source(shutil.copytree(checkpoint, tmp_path / "in"), True)
+    write_merged(open_source(checkpoint), out)
+    source = open_source(shutil.copytree(checkpoint, tmp_path / "in"))
     source.files["params.json"] += b"\n"
     replace = Path.replace
 
@@ -166,7 +166,7 @@ def test_a_disk_that_fails_at_the_end_takes_nothing_away(checkpoint, tmp_path, m
     (tmp_path / "merged.pth").write_text("mine")
     monkeypatch.setattr(os, "fsync", lambda file: os.stat("nowhere"))  # raises an OSError
     with pytest.raises(FileNotFoundError):
-        write_merged(open_source(checkpoint, True), tmp_path, overwrite=True)
+        write_merged(open_source(checkpoint), tmp_path, overwrite=True)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 

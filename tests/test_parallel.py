@@ -52,7 +52,7 @@ def root(tmp_path_factory, weights) -> Path:
     for name in ("2 shards merged", "2 shards int4", "demo int8", "demo int4"):
         source, kind = name.rsplit(" ", 1)
         quantize = None if kind == "merged" else kind
-        write_merged(open_source(root / source, True), root / name, quantize=quantize)
+        write_merged(open_source(root / source), root / name, quantize=quantize)
     return root
 
 

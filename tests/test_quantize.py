@@ -34,7 +34,7 @@ def scheme(request) -> str:
 @pytest.fixture(scope="module")
 def stored(scheme, checkpoint, tmp_path_factory) -> Path:
     """The checkpoint, quantized and merged."""
-    source = open_source(checkpoint, copy_files=True, tokenizer_path=TOKENIZER)
+    source = open_source(checkpoint, TOKENIZER)
     return write_merged(source, tmp_path_factory.mktemp("merged"), quantize=scheme).parent
 
 
@@ -110,7 +110,7 @@ def test_quantizing_while_merging_or_from_shards_is_the_same(stored, scheme, tmp
     assert torch.equal(load(folder, quantize=scheme).model(TOKENS, 0), logits)
     # Merging calibrates by the tokenizer that it is told, as in `stored`, or by the nearest one.
     (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    write_merged(open_source(folder, copy_files=False), folder, quantize=scheme)
+    write_merged(open_source(folder), folder, quantize=scheme)
     assert torch.equal(load(folder).model(TOKENS, 0), logits)
 
 
@@ -139,7 +139,7 @@ def test_a_quantized_checkpoint_holds_the_documented_buffers(stored, scheme):
 def test_a_matrix_without_int4_groups_is_int8(tmp_path):
     params = PARAMS | {"dim": 144}  # not a multiple of 32
     write_shards(tmp_path, random_weights(params=params), 1, params)
-    source = open_source(tmp_path, copy_files=True)
+    source = open_source(tmp_path)
     state = torch.load(write_merged(source, tmp_path, quantize="int4"))
     assert state["layers.0.attention.wq.weight"].dtype == torch.int8
     assert state["layers.0.feed_forward.w2.weight"].dtype == torch.uint8
@@ -163,7 +163,7 @@ def test_quantizing_twice_is_refused(stored, tmp_path, scheme):
     with pytest.raises(llama.UserError, match="quantized already: leave out `quantize`"):
         load(stored, quantize=scheme)
     with pytest.raises(llama.UserError, match="quantized already"):
-        write_merged(open_source(stored, False), tmp_path, quantize=scheme)
+        write_merged(open_source(stored), tmp_path, quantize=scheme)
 
 
 def test_int4_takes_at_most_063_bytes_a_weight_of_7b():
