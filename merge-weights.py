@@ -6,7 +6,7 @@ Meta's format. Without --model_size the weights are in INPUT_DIR itself.
 Examples:
   python merge-weights.py --model_size 13B --output_dir model/13B
   python merge-weights.py --output_dir model/7B-int8 --quantize int8
-  python merge-weights.py --input_dir model/TinyLlama --output_dir model/TinyLlama
+  python merge-weights.py --input_dir model/TinyLlama --output_dir model/merged
 """
 
 from argparse import Namespace
