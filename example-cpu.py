@@ -42,7 +42,7 @@ def main(args: Namespace) -> None:
         cli.report(model)
 
     if not prompts:
-        terminal.notice("no prompt is given, this is a sample: - reads a prompt from stdin")
+        terminal.notice("no prompt is given: this continues a sample ('-' reads one from stdin)")
         prompts = [DEMO_PROMPT if folder.resolve() == cli.DEMO else PROMPT]
     if len(prompts) == 1:
         texts = [model.stream(prompts[0], **vars(sampling))]

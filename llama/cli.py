@@ -237,9 +237,9 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
     folder = ckpt_dir or next(filter(has_weights, MODELS), DEMO)
-    inside = next((model / folder for model in MODELS if has_weights(model / folder)), None)
-    if inside and not folder.exists():
-        raise UserError(f"there is no directory {folder}: did you mean `ckpt_dir={inside}`?")
+    near = () if folder.exists() else (model / folder for model in MODELS)
+    if found := next(filter(has_weights, near), None):
+        raise UserError(f"there is no directory {folder}: did you mean `ckpt_dir={found}`?")
     if ckpt_dir is None and folder == DEMO:
         found = found_in(MODELS[0], but=DEMO)
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
@@ -251,13 +251,17 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
 def find_tokenizer(folder: Path) -> Path | None:
     """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts.
 
-    All sizes of LLaMA have the same one, so that of a model in the parent folder comes last.
+    All sizes of LLaMA have the same one, so that of a model in the parent folder comes last. A
+    notice names it, since that model may be another one.
     """
     places = [folder / "tokenizer.model"]
     if not is_huggingface(folder):
         here, above = Path("tokenizer", "tokenizer.model"), folder.parent / "tokenizer.model"
         places = [nearest_tokenizer(folder), here, ROOT / here, above]
-    return next((path for path in places if path.exists()), None)
+    found = next((path for path in places if path.exists()), None)
+    if found == places[-1] != places[0]:
+        notice(f"using the tokenizer of another model, {found}")
+    return found
 
 
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[Path] | None) -> list[str]:
@@ -279,7 +283,7 @@ def read_prompts(prompts: Sequence[str], prompt_files: Sequence[Path] | None) ->
 def read_stdin() -> str:
     """The text on stdin, without a byte order mark and the last newline."""
     if sys.stdin.isatty():
-        notice("reading a prompt from stdin: Ctrl-D ends it")
+        notice("reading a prompt from stdin: Ctrl-D on a line of its own ends it")
     text = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
     if not text:
         raise UserError("stdin is empty: - reads the prompt from it, once")

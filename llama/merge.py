@@ -26,13 +26,16 @@ from .loading import open_checkpoint
 from .weights import FORMAT_KEY, as_bytes, open_shards, quantization_of
 
 
-def open_source(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
+def open_source(
+    folder: Path, tokenizer_path: Path | None = None, copy_files: bool = True
+) -> Checkpoint:
     """Open Meta's shards or merged.pth, or a Hugging Face folder.
 
     Args:
         folder: The directory of the weights. Without params.json they can be merged, not quantized.
-        tokenizer_path: The tokenizer that is copied, and encodes the calibration text. Default: the
-            nearest one.
+        tokenizer_path: The tokenizer for the calibration text. Default: the nearest one.
+        copy_files: Copy Meta's params.json and tokenizer.model too. Those of a Hugging Face folder
+            are always written.
     """
     check_folder(folder, "input_dir")
     params_path = folder / "params.json"
@@ -40,8 +43,8 @@ def open_source(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
     if paths and not params_path.exists():
         return Checkpoint(open_shards(paths), {}, None, None, {})
     checkpoint = open_checkpoint(folder, tokenizer_path, originals=True)
-    if not checkpoint.files:
-        extras = (params_path, tokenizer_path or nearest_tokenizer(folder))
+    if copy_files and not checkpoint.files:
+        extras = (params_path, nearest_tokenizer(folder))
         checkpoint.files.update({path.name: path.read_bytes() for path in extras if path.exists()})
     return checkpoint
 
@@ -53,7 +56,7 @@ def write_merged(
     quantize: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint as output_dir/merged.pth.
+    """Write a checkpoint as output_dir/merged.pth, with source.files beside it.
 
     Args:
         source: The checkpoint, see `open_source`.
@@ -117,7 +120,7 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `path` exists, now or at the end, and is not to be overwritten.
     """
-    exists = UserError(f"{path} exists: move it away, or use `overwrite`")
+    exists = UserError(f"{path} exists: set another `output_dir`, or `overwrite`")
     if path.is_dir() or not overwrite and os.path.lexists(path):
         raise exists
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")

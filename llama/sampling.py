@@ -40,12 +40,13 @@ class Sampling:
             expected = getattr(kind, "__name__", str(kind))
             check(type(getattr(self, name)) in kinds, name, expected, getattr(self, name))
         t, p, k, penalty = self.temperature, self.top_p, self.top_k, self.repetition_penalty
-        check(0 <= self.max_gen_len <= 2**20, "max_gen_len", "0 to 1048576", self.max_gen_len)
+        n, seed = self.max_gen_len, self.seed
+        check(0 <= n <= 2**20, "max_gen_len", "an integer from 0 to 1048576", n)
         check(0 <= t < math.inf, "temperature", "0 or more", t)
         check(0 <= p <= 1, "top_p", "a number from 0 to 1", p)
         check(k is None or k >= 0, "top_k", "0 (off) or more", k)
         check(1e-9 <= penalty <= 1e9, "repetition_penalty", "a number from 1e-9 to 1e9", penalty)
-        check(0 <= (self.seed or 0) < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
+        check(0 <= (seed or 0) < 2**63, "seed", "an integer from 0 to 2**63 - 1", seed)
         check(0 <= self.prompt_lookup <= 64, "prompt_lookup", "0 to 64 tokens", self.prompt_lookup)
 
     def generator(self) -> torch.Generator:

@@ -55,8 +55,8 @@ def read_messages() -> Iterator[str]:
             remember(text)
         yield text
         text = ""
-    if interactive:
-        print()
+    if sys.stdin.isatty():
+        print(file=sys.stdout if interactive else sys.stderr)
     if text:
         yield text
 
@@ -127,16 +127,20 @@ def without_echo() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    # The prompt must understand bracketed paste: Apple's readline does not.
+    is_gnu = "GNU" in (getattr(sys.modules.get("readline"), "__doc__", "") or "")
+    understood = is_gnu and os.environ.get("TERM") != "dumb"
+    on, off = ("\033[?2004h", "\033[?2004l") if understood else ("", "")
     before = termios.tcgetattr(sys.stdin)
     # Without ICANON keys stay as they are, for readline.
     silent = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    print("\033[?2004h", end="", flush=True)  # bracketed paste
     try:
+        print(on, end="", flush=True)
         yield
     finally:
-        print("\033[?2004l", end="", flush=True)
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        print(off, end="", flush=True)
 
 
 def notice(text: str) -> None:

@@ -173,7 +173,7 @@ def test_a_checkpoint_with_flipped_bytes_works_or_is_refused(folder, tmp_path, a
         (tmp_path / "consolidated.01.pth").write_bytes(data[:end])
         attempt(use, tmp_path, quantize)
         attempt(merge, tmp_path, out, quantize)
-        assert {path.name for path in out.iterdir()} <= {"merged.pth"}
+        assert {path.name for path in out.iterdir()} <= {"merged.pth", "params.json"}
 
     fuzz(trial)
 

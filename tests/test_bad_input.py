@@ -124,6 +124,11 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(folder, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_folder_that_is_no_path_is_refused_by_name():
+    with pytest.raises(llama.UserError, match="`ckpt_dir` must be a path, not None"):
+        llama.load(None)
+
+
 def test_a_folder_without_weights_says_which_have_some(tmp_path):
     for name in ("7B", "13B"):
         (tmp_path / name).mkdir()

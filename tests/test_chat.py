@@ -223,8 +223,6 @@ def test_arguments_of_other_types_are_refused_by_name(new_chat):
         llama.Chat(new_chat().llama, sampling={})
     with pytest.raises(llama.UserError, match="`message` must be a text, not None"):
         say(new_chat(), None)
-    with pytest.raises(llama.UserError, match="`ckpt_dir` must be a path, not None"):
-        llama.load(None)
 
 
 def test_a_system_prompt_longer_than_the_context_is_refused_at_once(new_chat):

@@ -50,12 +50,10 @@ def test_merging_converts(weights, tmp_path):
         assert torch.equal(weight, weights[name].bfloat16())
 
 
-# Meta's download has it in the second, the README puts it into the third.
-@pytest.mark.parametrize("place", ["model/13B", "model", "tokenizer"])
+@pytest.mark.parametrize("place", ["model/13B", "model"])  # Meta's download has it in the second
 def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_script, place):
     """params.json and tokenizer.model are copied into another folder."""
     folder = write_shards(tmp_path / "model" / "13B", weights, 2)
-    (tmp_path / place).mkdir(exist_ok=True)
     shutil.copy(TOKENIZER, tmp_path / place)
     result = run_script("merge-weights.py", "--model_size", "13b", "--output_dir", "out")
     assert (result.returncode, result.stdout) == (0, b""), result.stderr
@@ -66,6 +64,14 @@ def test_after_a_merge_the_next_step_is_named_and_works(weights, tmp_path, run_s
     assert done.stdout.decode() == printed(folder, ["Hi"], 8)
     flags = ["--input_dir", "model/13B", "--model_size", "13B"]
     assert "leave out --model_size" in error_line(run_script("merge-weights.py", *flags))
+
+
+def test_a_folder_with_other_weights_is_no_output(weights, tmp_path, run_script):
+    folder = write_shards(tmp_path / "model", weights, 1)
+    write_shards(folder / "13B", weights, 2)
+    done = run_script("merge-weights.py", "--model_size", "13B", "--output_dir", "model")
+    assert "model has other weights: set another --output_dir" in error_line(done)
+    assert not (folder / "merged.pth").exists()
 
 
 def test_shards_beside_a_config_json_are_merged_as_shards(checkpoint, weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from conftest import DEMO, ROOT, TOKENIZER, error_line, printed, write_shards
@@ -54,8 +55,13 @@ def test_a_larger_model_finds_the_tokenizer_in_the_folder_of_7b(run_script, weig
     write_shards(folder / "13B", weights, 2)
     done = run_script("example-cpu.py", "--ckpt_dir", "model/13B", "--max_gen_len", 1)
     assert done.returncode == 0, done.stderr
+    assert f"tokenizer of another model, {Path('model', 'tokenizer.model')}" in done.stderr.decode()
+
+
+def test_a_folder_in_model_is_the_nearest_miss(run_script, weights, tmp_path):
+    write_shards(tmp_path / "model" / "13B", weights, 2)
     done = run_script("example-cpu.py", "--ckpt_dir", "13B")
-    assert "did you mean --ckpt_dir model/13B?" in error_line(done)
+    assert f"did you mean --ckpt_dir {Path('model', '13B')}?" in error_line(done)
 
 
 def test_a_context_beyond_the_training_is_one_line_of_warning(run_script):
