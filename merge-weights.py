@@ -36,9 +36,8 @@ def main(args: Namespace) -> None:
     target = args.output_dir
     folder = parent / (args.model_size or "")
     if args.model_size and not folder.exists():
-        is_parent = has_weights(parent) and args.model_size in ("7B", parent.name)
-        itself, other = f"{parent} has weights itself, leave out", "set `input_dir`, or another"
-        remedy = itself if is_parent else other
+        is_meant = has_weights(parent) and args.model_size in ("7B", parent.name)
+        remedy = f"{parent} has weights, leave out" if is_meant else "set `input_dir`, or another"
         raise UserError(f"there is no {folder}{found_in(parent)}: {remedy} `model_size`")
     others = find_shards(target) or is_huggingface(target)
     if others and target.resolve() != folder.resolve() and not args.overwrite:

@@ -32,17 +32,9 @@ DTYPES = ("float32", "bfloat16")
 # Type (list: a path, repeatable) or choices, default, text.
 Flags = dict[str, tuple[type | tuple[str, ...], object, str]]
 MODEL_FLAGS: Flags = {  # of example-cpu.py and example-chat.py
-    "ckpt_dir": (
-        Path,
-        None,
-        "directory of the weights (default: model or, without any, model/demo)",
-    ),
+    "ckpt_dir": (Path, None, "directory of the weights (default: model, or else model/demo)"),
     "tokenizer_path": (Path, None, "tokenizer.model (default: in ckpt_dir, its parent, tokenizer)"),
-    "dtype": (
-        DTYPES,
-        "float32",
-        "dtype of the weights or, with --quantize, of the activations",
-    ),
+    "dtype": (DTYPES, "float32", "dtype of the weights or, with --quantize, of the activations"),
     "quantize": (SCHEMES, None, "round the weights: int8 to a quarter of float32, int4 to a sixth"),
     "temperature": (float, Sampling.temperature, "0: the most probable token; higher: more random"),
     "top_p": (float, Sampling.top_p, "draw from top tokens that together have this probability"),
@@ -237,31 +229,29 @@ def find_model(ckpt_dir: Path | None, tokenizer_path: Path | None) -> tuple[Path
     Without ckpt_dir it is ./model, here or beside the scripts, or else the demo model.
     """
     folder = ckpt_dir or next(filter(has_weights, MODELS), DEMO)
-    near = () if folder.exists() else (model / folder for model in MODELS)
-    if found := next(filter(has_weights, near), None):
-        raise UserError(f"there is no directory {folder}: did you mean `ckpt_dir={found}`?")
+    near = [] if folder.exists() else [model / folder for model in MODELS]
+    if path := next(filter(has_weights, near), None):
+        raise UserError(f"there is no directory {folder}: did you mean `ckpt_dir={path}`?")
     if ckpt_dir is None and folder == DEMO:
         found = found_in(MODELS[0], but=DEMO)
         notice(f"running the demo, {folder}: --ckpt_dir names other weights{found}")
-    if tokenizer_path and tokenizer_path.is_dir():
-        tokenizer_path /= "tokenizer.model"
-    return folder, tokenizer_path or find_tokenizer(folder)
+    if tokenizer_path:
+        inside = tokenizer_path / "tokenizer.model"
+        return folder, inside if tokenizer_path.is_dir() else tokenizer_path
+    tokenizer = find_tokenizer(folder)
+    if tokenizer and tokenizer.parent != folder and tokenizer.with_name("params.json").exists():
+        notice(f"using the tokenizer of another model, {tokenizer}")
+    return folder, tokenizer
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts.
-
-    All sizes of LLaMA have the same one, so that of a model in the parent folder comes last. A
-    notice names it, since that model may be another one.
-    """
+    """The weights' tokenizer or, for Meta's, that in ./tokenizer, here or beside the scripts."""
     places = [folder / "tokenizer.model"]
     if not is_huggingface(folder):
         here, above = Path("tokenizer", "tokenizer.model"), folder.parent / "tokenizer.model"
+        # All sizes of LLaMA have the same, so that of a model in the parent folder comes last.
         places = [nearest_tokenizer(folder), here, ROOT / here, above]
-    found = next((path for path in places if path.exists()), None)
-    if found == places[-1] != places[0]:
-        notice(f"using the tokenizer of another model, {found}")
-    return found
+    return next((path for path in places if path.exists()), None)
 
 
 def read_prompts(prompts: Sequence[str], prompt_files: Sequence[Path] | None) -> list[str]:
